@@ -1,0 +1,1 @@
+"""Localized machine unlearning through the lens of memorization: the library."""

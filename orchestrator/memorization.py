@@ -1,0 +1,136 @@
+"""Feldman-Zhang memorization scores: the balanced subset design and the estimator with intervals. numpy only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.seeds import numpy_generator
+
+BLOCK_SIZE = 10  # models in a block
+
+_Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+
+
+def deal(order: np.ndarray, num_held_out: int) -> np.ndarray:
+    """Membership bool [10, n] of a block, from one order of the examples per sub-block, int64 [g, n].
+
+    Position p of an order goes to fold p mod F; model j leaves out the folds (j + floor(i F / M)) mod F for i < M.
+    F = 10 / g and M = num_held_out / g have no common divisor, so the left-out folds are spread as evenly as can be
+    around the circle, and any run of positions (one class, if the order keeps classes together) is left out of
+    every model equally often within one. With g > 1 common divisors, g sub-blocks each deal an order of their own.
+    Every example is left out of exactly `num_held_out` of the ten models.
+    """
+    groups, num_examples = order.shape
+    folds, held_out = BLOCK_SIZE // groups, num_held_out // groups
+    membership = np.ones((BLOCK_SIZE, num_examples), dtype=bool)
+    position_fold = np.arange(num_examples) % folds
+    for group in range(groups):
+        fold = np.empty(num_examples, dtype=np.int64)
+        fold[order[group]] = position_fold
+        for j in range(folds):
+            left_out = [(j + i * folds // held_out) % folds for i in range(held_out)]
+            membership[group * folds + j] = ~np.isin(fold, left_out)
+    return membership
+
+
+def block_membership(labels: np.ndarray, fraction: float, seed: int, block: int) -> np.ndarray:
+    """Which training examples each of the ten subset models of a block is trained on: bool [10, n].
+
+    Balanced: each example is left out of exactly 10 - k models (`fraction` is k / 10); subset sizes, and the counts
+    of each class in them, differ by at most one. Within a class all examples are exchangeable.
+    """
+    num_held_out = BLOCK_SIZE - round(fraction * BLOCK_SIZE)
+    rng = numpy_generator(seed, "subsets", block)
+    orders = []
+    for _ in range(math.gcd(num_held_out, BLOCK_SIZE)):
+        shuffled = rng.permutation(len(labels))
+        orders.append(shuffled[np.argsort(labels[shuffled], kind="stable")])
+    return deal(np.stack(orders), num_held_out)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over subset models per training example, int64 [n] each; blocks add up."""
+
+    in_hits: np.ndarray
+    in_total: np.ndarray
+    out_hits: np.ndarray
+    out_total: np.ndarray
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.in_hits + other.in_hits,
+            self.in_total + other.in_total,
+            self.out_hits + other.out_hits,
+            self.out_total + other.out_total,
+        )
+
+
+def count(membership: np.ndarray, correct: np.ndarray) -> Counts:
+    """Tally correctness bool [models, n] by membership bool [models, n]."""
+    return Counts(
+        (correct & membership).sum(axis=0),
+        membership.sum(axis=0),
+        (correct & ~membership).sum(axis=0),
+        (~membership).sum(axis=0),
+    )
+
+
+@dataclass(frozen=True)
+class MemorizationScores:
+    """Score = in_mean - out_mean of 0/1 correctness per training example, with a 95 % interval; arrays [n]."""
+
+    in_mean: np.ndarray
+    out_mean: np.ndarray
+    score: np.ndarray
+    standard_error: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    num_in: np.ndarray
+    num_out: np.ndarray
+
+
+def estimate(counts: Counts) -> MemorizationScores:
+    """Feldman-Zhang scores (2020, section 4) of 0/1 outcomes.
+
+    Intervals: Newcombe's hybrid score interval for a difference (1998, method 10). Standard errors after Agresti
+    and Caffo (2000), one success and one failure added to each side, so none is zero. Raises ValueError where an
+    example was never in, or never out of, a subset.
+    """
+    if not (counts.in_total.all() and counts.out_total.all()):
+        raise ValueError("every example must be in at least one subset and out of at least one")
+    in_mean, out_mean = counts.in_hits / counts.in_total, counts.out_hits / counts.out_total
+    score = in_mean - out_mean
+    in_low, in_high = wilson(counts.in_hits, counts.in_total)
+    out_low, out_high = wilson(counts.out_hits, counts.out_total)
+    low = score - np.hypot(in_mean - in_low, out_high - out_mean)
+    high = score + np.hypot(in_high - in_mean, out_mean - out_low)
+    adjusted = [
+        ((hits + 1) / (total + 2), total + 2)
+        for hits, total in ((counts.in_hits, counts.in_total), (counts.out_hits, counts.out_total))
+    ]
+    standard_error = np.sqrt(sum(p * (1 - p) / total for p, total in adjusted))
+    return MemorizationScores(
+        in_mean, out_mean, score, standard_error, low, high, counts.in_total, counts.out_total
+    )
+
+
+def wilson(hits: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % score interval for a proportion: lower and upper limits, each the shape of `hits`."""
+    share, z2 = hits / total, _Z**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = _Z / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return np.minimum(share, centre - half), np.maximum(share, centre + half)
+
+
+def split_half_correlation(first: Counts, second: Counts) -> float:
+    """Spearman rank correlation between the scores of two halves of a campaign; NaN where one half is constant."""
+    from scipy.stats import rankdata
+
+    ranks = [rankdata(estimate(half).score) for half in (first, second)]
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return math.nan
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

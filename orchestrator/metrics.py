@@ -1,0 +1,131 @@
+"""Metrics of stored outputs, and comparisons of a run's outputs with a reference's. Never sees a model.
+
+Each function returns values by split: a split that a run lacks is absent, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from orchestrator.data import Outputs, SplitOutputs
+from orchestrator.registry import Registry
+from orchestrator.seeds import numpy_generator
+
+METRICS: Registry[Callable[..., dict[str, float]]] = Registry("metric", frozenset({"outputs"}))
+COMPARISONS: Registry[Callable[..., dict[str, float]]] = Registry(
+    "comparison", frozenset({"outputs", "reference"})
+)
+
+
+def with_forget_parts(outputs: Outputs) -> dict[str, SplitOutputs]:
+    """All splits and, where the forget set holds both kinds, its flipped and its unflipped part apart."""
+    forget = outputs["forget"]
+    flipped = forget.labels != forget.true_labels
+    splits = dict(outputs)
+    if flipped.any() and not flipped.all():
+        splits["forget_flipped"], splits["forget_unflipped"] = forget.take(flipped), forget.take(~flipped)
+    return splits
+
+
+@METRICS
+def accuracy(outputs: Outputs) -> dict[str, float]:
+    """Share of examples predicted as their given label; `forget_true`: as their true label."""
+    values = {
+        name: float((split.predictions == split.labels).mean()) for name, split in with_forget_parts(outputs).items()
+    }
+    forget = outputs["forget"]
+    return values | {"forget_true": float((forget.predictions == forget.true_labels).mean())}
+
+
+@METRICS
+def loss(outputs: Outputs) -> dict[str, float]:
+    """Mean cross-entropy of the given labels, in nats."""
+    return {
+        name: float(-split.log_probabilities[np.arange(len(split.labels)), split.labels].mean())
+        for name, split in outputs.items()
+    }
+
+
+@METRICS
+def membership_auc(outputs: Outputs) -> dict[str, float]:
+    """Area under the ROC of given-label confidence, forget (positive) against test examples.
+
+    Test examples are weighted so that their labels are distributed as the forget set's; classes that the forget set
+    lacks weigh nothing. Its target is a reference's own value, not 0.5. Absent where no test example shares a label.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    forget, test = outputs["forget"], outputs["test"]
+    num_classes = forget.logits.shape[1]
+    wanted = np.bincount(forget.labels, minlength=num_classes).astype(float)
+    present = np.bincount(test.labels, minlength=num_classes)
+    kept = present[forget.labels] > 0  # a label that the test set lacks cannot be matched
+    weights = np.divide(wanted, present, out=np.zeros(num_classes), where=present > 0)[test.labels]
+    if not kept.any():
+        return {}
+    confidences = np.concatenate([forget.confidences[kept], test.confidences])
+    positive = np.concatenate([np.ones(kept.sum()), np.zeros(len(weights))])
+    sample_weight = np.concatenate([np.ones(kept.sum()), weights])
+    return {"forget": float(roc_auc_score(positive, confidences, sample_weight=sample_weight))}
+
+
+def _svc_efficacy(outputs: Outputs, feature: Callable[[SplitOutputs], np.ndarray]) -> dict[str, float]:
+    """Share of forget examples that SVC(C=3, gamma='auto', rbf) takes for non-members, as published with SalUn.
+
+    Trained on one feature of as many retain examples (members, a seeded sample) as test examples (non-members).
+    """
+    from sklearn.svm import SVC
+
+    size = min(len(outputs["retain"].labels), len(outputs["test"].labels))
+    sample = numpy_generator(0, "published attack").choice(len(outputs["retain"].labels), size, replace=False)
+    members = feature(outputs["retain"])[sample]
+    others = feature(outputs["test"])[:size]
+    attack = SVC(C=3, gamma="auto", kernel="rbf")
+    attack.fit(np.concatenate([members, others])[:, None], np.repeat([1, 0], size))
+    return {"forget": float((attack.predict(feature(outputs["forget"])[:, None]) == 0).mean())}
+
+
+@METRICS
+def published_svc_confidence(outputs: Outputs) -> dict[str, float]:
+    """Published: membership efficacy of an SVC on given-label confidence (Fan et al. 2024), share called non-member."""
+    return _svc_efficacy(outputs, lambda split: split.confidences)
+
+
+@METRICS
+def published_svc_correctness(outputs: Outputs) -> dict[str, float]:
+    """Published: membership efficacy of an SVC on correctness (Fan et al. 2024), share called non-member."""
+    return _svc_efficacy(outputs, lambda split: (split.predictions == split.labels).astype(float))
+
+
+@COMPARISONS
+def accuracy_difference(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+    """Accuracy of the reference minus the run's: positive on `forget` means that it forgets more."""
+    ours, theirs = accuracy(outputs), accuracy(reference)
+    return {split: theirs[split] - value for split, value in ours.items() if split in theirs}
+
+
+@COMPARISONS
+def tug_of_war(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+    """Product over forget, retain and test of 1 - |difference in accuracy|; 1 is best (Zhao et al. 2024)."""
+    gaps = accuracy_difference(outputs, reference)
+    return {"all": float(np.prod([1 - abs(gaps[split]) for split in ("forget", "retain", "test")]))}
+
+
+@COMPARISONS
+def disagreement(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+    """Share of examples whose predicted class differs from the reference's."""
+    theirs = with_forget_parts(reference)
+    return {
+        name: float((split.predictions != theirs[name].predictions).mean())
+        for name, split in with_forget_parts(outputs).items()
+        if name in theirs
+    }
+
+
+@COMPARISONS
+def membership_auc_difference(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+    """Membership AUC of the reference minus the run's: the target of the attack is the reference's own value."""
+    ours, theirs = membership_auc(outputs), membership_auc(reference)
+    return {split: theirs[split] - value for split, value in ours.items() if split in theirs}

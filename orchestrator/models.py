@@ -1,0 +1,92 @@
+"""Image classifiers, small enough to train hundreds of; initialized by a generator that the caller names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.registry import Registry, Value
+
+Factory = Callable[[torch.Generator], nn.Module]
+"""Makes a newly initialized model of one architecture (what methods call `fresh`)."""
+
+MODELS: Registry[Callable[..., nn.Module]] = Registry("model", frozenset({"image_shape", "num_classes"}))
+
+
+def factory(
+    name: str, options: Mapping[str, Value], image_shape: tuple[int, int, int], num_classes: int
+) -> Factory:
+    """A function from a generator to a new model in channels_last layout; the same stream gives the same weights.
+
+    `image_shape` is channels, height, width.
+    """
+    entry = MODELS[name]
+    resolved = entry.resolve(options)
+
+    def fresh(generator: torch.Generator) -> nn.Module:
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model: nn.Module = entry({"image_shape": image_shape, "num_classes": num_classes}, resolved)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+
+    return fresh
+
+
+def head_names(model: nn.Module) -> frozenset[str]:
+    """The parameters of the classifier: the last linear layer in order of definition."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    prefix = f"{linear[-1]}." if linear and linear[-1] else ""
+    return frozenset(name for name, _ in model.named_parameters() if linear and name.startswith(prefix))
+
+
+def _block(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+
+@MODELS
+def small_cnn(image_shape: tuple[int, int, int], num_classes: int, *, width: int = 16) -> nn.Module:
+    """Three 3x3 convolutions with batch norm and one pooling, for images of about 8x8 (14,458 parameters on digits)."""
+    return nn.Sequential(
+        *_block(image_shape[0], width),
+        *_block(width, 2 * width),
+        nn.MaxPool2d(2),
+        *_block(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, num_classes),
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*_block(width, width), *_block(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.body(x)
+        return out
+
+
+@MODELS
+def resnet9(image_shape: tuple[int, int, int], num_classes: int, *, width: int = 64) -> nn.Module:
+    """ResNet-9 (Page 2018): eight convolutions in two residual stages, max pooling, one linear layer.
+
+    `width` channels in the stem, 2, 4 and 8 times as many after it; images of at least 16x16.
+    """
+    return nn.Sequential(
+        *_block(image_shape[0], width),
+        *_block(width, 2 * width),
+        nn.MaxPool2d(2),
+        _Residual(2 * width),
+        *_block(2 * width, 4 * width),
+        nn.MaxPool2d(2),
+        *_block(4 * width, 8 * width),
+        nn.MaxPool2d(2),
+        _Residual(8 * width),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8 * width, num_classes),
+    )

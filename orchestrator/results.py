@@ -1,0 +1,281 @@
+"""Finished runs: rows, attempts and sweeps in the store, outputs and blocks as bytes, and typed tables of all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from orchestrator.data import Outputs, SplitOutputs
+from orchestrator.registry import InputError, canonical_json
+from orchestrator.store import Store
+
+SCHEMA_VERSION = "1"
+
+_S, _I, _F = pa.string(), pa.int64(), pa.float64()
+TABLES: Mapping[str, pa.Schema] = {
+    name: pa.schema([pa.field(column, kind, nullable) for column, kind, nullable in columns])
+    for name, columns in {
+        "runs": [
+            ("key", _S, False),
+            ("status", _S, False),
+            ("data", _S, False),
+            ("model", _S, False),
+            ("forget_set", _S, False),
+            ("forget_draw", _I, False),
+            ("method", _S, False),
+            ("strategy", _S, True),
+            ("granularity", _S, True),
+            ("budget", _F, True),
+            ("realised_budget", _F, True),
+            ("effective_budget", _F, True),
+            ("learning_rate", _F, True),
+            ("seed", _I, False),
+            ("original_seed", _I, True),
+            ("options", _S, False),
+            ("steps_ratio", _F, True),
+            ("seconds", _F, True),
+            ("numerics", _S, True),
+            ("git_commit", _S, True),
+        ],
+        "members": [("sweep", _S, False), ("recipe", _S, False), ("arm", _S, False), ("key", _S, False)],
+        "metrics": [("key", _S, False), ("metric", _S, False), ("split", _S, False), ("value", _F, False)],
+        "comparisons": [
+            ("key", _S, False),
+            ("reference_key", _S, False),
+            ("metric", _S, False),
+            ("split", _S, False),
+            ("value", _F, False),
+        ],
+        "layers": [
+            ("key", _S, False),
+            ("parameter", _S, False),
+            ("entries", _I, False),
+            ("reset", _I, False),
+            ("trainable", _I, False),
+        ],
+        "memorization": [
+            ("scores_key", _S, False),
+            ("index", _I, False),
+            ("label", _I, False),
+            ("true_label", _I, False),
+            ("in_mean", _F, False),
+            ("out_mean", _F, False),
+            ("score", _F, False),
+            ("standard_error", _F, False),
+            ("low", _F, False),
+            ("high", _F, False),
+            ("num_in", _I, False),
+            ("num_out", _I, False),
+        ],
+        "examples": [
+            ("scores_key", _S, False),
+            ("index", _I, False),
+            ("label_name", _S, False),
+            ("true_label_name", _S, False),
+            ("png", pa.binary(), False),
+        ],
+        "series": [
+            ("key", _S, False),
+            ("metric", _S, False),
+            ("epoch", _I, False),
+            ("value", _F, False),
+        ],
+    }.items()
+}
+"""The exported tables: name -> schema. `runs` has one line per run, references and identity included; a failed run
+that has no row yet has status `failed`. `memorization` and `examples` have one line per scores key and example."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How many entries of one parameter a mask resets and lets train."""
+
+    parameter: str
+    entries: int
+    reset: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished run. Equality promises cover everything but `provenance`.
+
+    spec: the run's spec as JSON. metrics: name -> split -> value, and metric_versions the versions that made them.
+    series: name -> one value per epoch. measurements: steps, steps_ratio, realised_budget, effective_budget, ...
+    provenance: data, seconds, host, numerics, git_commit, finished_at (seconds since 1970).
+    """
+
+    key: str
+    spec: Mapping[str, Any]
+    metrics: Mapping[str, Mapping[str, float]]
+    metric_versions: Mapping[str, str]
+    series: Mapping[str, list[float]]
+    measurements: Mapping[str, float]
+    layers: tuple[Layer, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_reference(self) -> bool:
+        return bool(self.spec["method"]["name"] == "retrain")
+
+    @property
+    def comparable_with(self) -> str:
+        """Rows with the same text may be compared: equal data, model, training recipe and forget set."""
+        return canonical_json([self.spec["setting"], self.spec["forget"]])
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a run that did not become a row."""
+
+    key: str
+    spec: Mapping[str, Any]
+    status: str
+    error: str
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run of a sweep, under the name that the recipe gives its combination of strategy and method."""
+
+    arm: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep is: the runs that belong to it, by key. Rows are shared among sweeps."""
+
+    key: str
+    recipe: str
+    members: tuple[Member, ...]
+    study: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def sweep_key(recipe: str, members: Iterable[Member]) -> str:
+    """The name of a sweep: its recipe and the runs in it."""
+    parts = [recipe, sorted({(member.arm, member.key) for member in members})]
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+# ---- JSON with a checksum ------------------------------------------------------------------------------------------
+
+
+def _seal(body: Mapping[str, Any]) -> bytes:
+    text = canonical_json(body)
+    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}, allow_nan=False).encode()
+
+
+def _open(store: Store, name: str) -> dict[str, Any]:
+    content = store.get(name)
+    try:
+        sealed = json.loads(content)
+        body: dict[str, Any] = sealed["body"]
+        if hashlib.sha256(canonical_json(body).encode()).hexdigest() == sealed["sha256"]:
+            return body
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{store.url(name)} is damaged: {len(content)} bytes that do not match their checksum; "
+        "remove it and run the same command again, which computes it anew and keeps everything else"
+    )
+
+
+def put_row(store: Store, row: Row) -> None:
+    store.put(f"rows/{row.key}.json", _seal(asdict(row)))
+
+
+def get_row(store: Store, key: str) -> Row:
+    body = _open(store, f"rows/{key}.json")
+    layers = tuple(Layer(**layer) for layer in body.pop("layers"))
+    return Row(**body, layers=layers)
+
+
+def row_keys(store: Store) -> set[str]:
+    return {name.removesuffix(".json") for name in store.names("rows")}
+
+
+def put_attempt(store: Store, attempt: Attempt) -> None:
+    """Keep a failed try beside the earlier ones of the same run."""
+    number = len(store.names(f"attempts/{attempt.key}"))
+    store.put(f"attempts/{attempt.key}/{number}.json", _seal(asdict(attempt)))
+
+
+def get_attempts(store: Store) -> dict[str, list[Attempt]]:
+    """All attempts by run key, oldest first."""
+    attempts: dict[str, list[Attempt]] = {}
+    names = store.names("attempts")
+    for name in sorted(names, key=lambda n: (n.partition("/")[0], int(n.partition("/")[2].removesuffix(".json")))):
+        attempts.setdefault(name.partition("/")[0], []).append(Attempt(**_open(store, f"attempts/{name}")))
+    return attempts
+
+
+def put_sweep(store: Store, sweep: Sweep) -> None:
+    store.put(f"sweeps/{sweep.key}.json", _seal(asdict(sweep)))
+
+
+def get_sweeps(store: Store) -> list[Sweep]:
+    sweeps = []
+    for name in store.names("sweeps"):
+        body = _open(store, f"sweeps/{name}")
+        members = tuple(Member(**member) for member in body.pop("members"))
+        sweeps.append(Sweep(**body, members=members))
+    return sweeps
+
+
+# ---- arrays --------------------------------------------------------------------------------------------------------
+
+
+def pack(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Arrays by name as one safetensors object."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return safetensors.numpy.save(contiguous, dict(metadata) if metadata else None)
+
+
+def unpack(store: Store, name: str) -> dict[str, np.ndarray]:
+    """The arrays of a stored safetensors object; raises InputError where it is damaged."""
+    content = store.get(name)
+    try:
+        return safetensors.numpy.load(content)
+    except (SafetensorError, ValueError) as error:
+        raise InputError(
+            f"{store.url(name)} is damaged ({error}); remove it and run the same command again, which computes it anew"
+        ) from None
+
+
+def half(logits: np.ndarray) -> np.ndarray:
+    """Logits as float16, clipped to its finite range."""
+    limit = float(np.finfo(np.float16).max)
+    return np.clip(logits, -limit, limit).astype(np.float16)
+
+
+def put_outputs(store: Store, key: str, outputs: Outputs) -> None:
+    arrays = {}
+    for split, part in outputs.items():
+        arrays[f"{split}.logits"] = part.logits
+        arrays[f"{split}.labels"] = part.labels.astype(np.int32)
+        arrays[f"{split}.true_labels"] = part.true_labels.astype(np.int32)
+    store.put(f"outputs/{key}.safetensors", pack(arrays))
+
+
+def get_outputs(store: Store, key: str) -> dict[str, SplitOutputs]:
+    arrays = unpack(store, f"outputs/{key}.safetensors")
+    splits = {name.partition(".")[0] for name in arrays}
+    return {
+        split: SplitOutputs(
+            arrays[f"{split}.logits"],
+            arrays[f"{split}.labels"].astype(np.int64),
+            arrays[f"{split}.true_labels"].astype(np.int64),
+        )
+        for split in sorted(splits)
+    }

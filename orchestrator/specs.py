@@ -1,0 +1,247 @@
+"""Specs: frozen models that say what a thing IS, and nothing of how or where it is computed; key(spec) names it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from orchestrator.data import DATASETS
+from orchestrator.forget_sets import FORGET_SETS
+from orchestrator.localization import STRATEGIES
+from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.models import MODELS
+from orchestrator.registry import Entry, InputError, Registry, canonical_json
+from orchestrator.training import Training
+from orchestrator.unlearning import METHODS
+
+
+class Spec(BaseModel):
+    """Base of all specs: immutable, and without fields that nobody declared.
+
+    A field added after a release declares `json_schema_extra={"unhashed_at": value}`, the value at which it stays
+    out of the hash, so that keys made before it hold.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Named(Spec):
+    """A registered function by name, with its options resolved (defaults filled in, types coerced)."""
+
+    registry: ClassVar[Registry[Any]]
+
+    name: str
+    options: Mapping[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _resolve(self) -> Self:
+        object.__setattr__(self, "options", self.entry.resolve(self.options))
+        return self
+
+    @property
+    def entry(self) -> Entry[Any]:
+        return self.registry[self.name]
+
+    @property
+    def label(self) -> str:
+        """The name, with the options that differ from their defaults."""
+        changed = [
+            f"{name}={_plain(value)}" for name, value in self.options.items() if value != self.entry.options[name].default
+        ]
+        return self.name + (f"({', '.join(changed)})" if changed else "")
+
+    def __hash__(self) -> int:
+        return hash((type(self), canonical_json(canonical(self))))
+
+
+class DataSource(Named):
+    """Where a data set comes from: provenance, never part of a key (the fingerprint of its arrays is)."""
+
+    registry = DATASETS
+
+
+class Model(Named):
+    """An architecture."""
+
+    registry = MODELS
+
+
+class ForgetSet(Named):
+    """A rule that says which training examples are to be forgotten."""
+
+    registry = FORGET_SETS
+
+
+class Strategy(Named):
+    """A localization strategy."""
+
+    registry = STRATEGIES
+
+
+class Method(Named):
+    """An unlearning method."""
+
+    registry = METHODS
+
+
+class TrainingSpec(Spec):
+    """How originals, references and subset models are trained; see training.Training."""
+
+    learning_rate: float = Field(gt=0)
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    final: float = Field(default=0.01, ge=0, le=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def build(self) -> Training:
+        return Training(**self.model_dump())
+
+
+class Setting(Spec):
+    """Data (by fingerprint), architecture and training recipe: what every model of an experiment shares."""
+
+    data: str
+    model: Model
+    training: TrainingSpec
+
+
+class CampaignSpec(Spec):
+    """The subset models of one memorization estimate. Their number is not part of it: a campaign grows by blocks."""
+
+    setting: Setting
+    fraction: float = 0.7
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_fraction(self.fraction)
+        return self
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise InputError unless a subset fraction is a whole number of tenths, between 1 and 9."""
+    if fraction not in [k / BLOCK_SIZE for k in range(1, BLOCK_SIZE)]:
+        raise InputError(f"campaign.fraction is {fraction}; allowed: 0.1, 0.2, ... 0.9")
+
+
+class ScoresSpec(Spec):
+    """Memorization scores from the first `blocks` blocks of a campaign."""
+
+    campaign: CampaignSpec
+    blocks: int = Field(ge=1)
+    estimator: Literal["correctness"] = "correctness"
+
+
+class ForgetSpec(Spec):
+    """One drawn forget set; `scores` only where its rule asks for memorization."""
+
+    rule: ForgetSet
+    draw: int = 0
+    scores: ScoresSpec | None = None
+
+
+class OriginalSpec(Spec):
+    """A model trained on the whole training set."""
+
+    setting: Setting
+    seed: int
+
+
+class LocalizationSpec(Spec):
+    """The scores of one strategy for one original and forget set; all budgets share them."""
+
+    original: OriginalSpec
+    forget: ForgetSpec
+    strategy: Strategy
+    base: Strategy | None = None
+    seed: int | None = None
+
+
+class MaskSpec(Spec):
+    """How a run's mask is selected."""
+
+    strategy: Strategy
+    base: Strategy | None = None
+    granularity: Literal["param", "channel"]
+    budget: float = Field(gt=0, le=1)
+    train_head: bool = True
+
+
+class RunSpec(Spec):
+    """One run: an unlearning method on one original and forget set; a reference is one with the method `retrain`."""
+
+    setting: Setting
+    forget: ForgetSpec
+    method: Method
+    original_seed: int | None
+    mask: MaskSpec | None = None
+    seed: int
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        inputs = self.method.entry.inputs
+        if ("model" in inputs) != (self.original_seed is not None):
+            raise InputError(f"method {self.method.name} {'needs' if 'model' in inputs else 'takes no'} original")
+        if self.mask is not None and "mask" not in inputs:
+            raise InputError(f"method {self.method.name} chooses its own parameters: it takes no strategy or budget")
+        return self
+
+    @property
+    def original(self) -> OriginalSpec | None:
+        return None if self.original_seed is None else OriginalSpec(setting=self.setting, seed=self.original_seed)
+
+    @property
+    def localization(self) -> LocalizationSpec | None:
+        if self.mask is None or self.original is None:
+            return None
+        random = "generator" in self.mask.strategy.entry.inputs
+        return LocalizationSpec(
+            original=self.original,
+            forget=self.forget,
+            strategy=self.mask.strategy,
+            base=self.mask.base,
+            seed=self.seed if random else None,
+        )
+
+    @property
+    def is_reference(self) -> bool:
+        return self.method.name == "retrain"
+
+
+def canonical(value: object) -> object:
+    """A spec as plain JSON values, with the versions of the registered functions that it names."""
+    if isinstance(value, Named):
+        return {"name": value.name, "version": value.entry.version, "options": canonical(value.options)}
+    if isinstance(value, Spec):
+        fields = type(value).model_fields
+        parts = {name: (getattr(value, name), fields[name].json_schema_extra) for name in fields}
+        return {
+            name: canonical(part)
+            for name, (part, extra) in parts.items()
+            if not (isinstance(extra, dict) and "unhashed_at" in extra and extra["unhashed_at"] == part)
+        }
+    if isinstance(value, Mapping):
+        return {str(name): canonical(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [canonical(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r} has no canonical form")
+
+
+def key(spec: Spec) -> str:
+    """The name of what a spec says: the first 128 bits of the SHA-256 of its kind and its canonical JSON, in hex."""
+    text = canonical_json([type(spec).__name__, canonical(spec)])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+

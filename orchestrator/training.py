@@ -1,0 +1,224 @@
+"""The only training loop, the mask that restrains it, and prediction. Knows nothing of what a run is for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from orchestrator.data import Examples
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained from scratch.
+
+    The rate rises linearly over the share `warmup` of all steps, then falls on a cosine to `final` times its peak.
+    Batches are full: the rest of each shuffled epoch is left out (of training only).
+    """
+
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup: float = 0.0
+    final: float = 0.01
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A selection of parameter entries, each part one boolean tensor per parameter name.
+
+    `reset`: the localized entries, as many as the budget says. `trainable`: the entries that training may move,
+    which is `reset` and, by DEL's head rule, the classifier.
+    """
+
+    reset: Mapping[str, Tensor]
+    trainable: Mapping[str, Tensor]
+
+    @property
+    def num_entries(self) -> int:
+        return sum(part.numel() for part in self.reset.values())
+
+    @property
+    def num_reset(self) -> int:
+        return sum(int(part.sum()) for part in self.reset.values())
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(int(part.sum()) for part in self.trainable.values())
+
+
+Report = Callable[[int, int, float], None]
+"""Told after each epoch: the epoch from 1, the optimizer steps it took, the mean loss of its batches."""
+
+Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Loss of one batch: model, images (float, channels_last), labels."""
+
+
+def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of one batch."""
+    return functional.cross_entropy(model(images), labels)
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 [n, height, width, channels] to float32 [n, channels, height, width] in [0, 1], channels_last."""
+    return images.permute(0, 3, 1, 2).float().div_(255)
+
+
+def batches(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One shuffled epoch of full batches; fewer examples than a batch make one batch of all."""
+    order = torch.randperm(len(examples), generator=generator).to(examples.labels.device)
+    size = min(batch_size, len(examples))
+    for start in range(0, len(examples) - size + 1, size):
+        chosen = order[start : start + size]
+        yield as_input(examples.images[chosen]), examples.labels[chosen]
+
+
+def endless_batches(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled epochs of full batches, one after another, for ever."""
+    while True:
+        yield from batches(examples, batch_size, generator)
+
+
+def rate_factor(step: int, num_steps: int, warmup: float, final: float) -> float:
+    """Factor on the learning rate at a step: linear warm-up to 1, then a cosine down to `final` at the last step."""
+    rising = round(warmup * num_steps)
+    if step < rising:
+        return (step + 1) / rising
+    progress = (step - rising) / max(1, num_steps - rising - 1)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def fit(
+    model: nn.Module,
+    examples: Examples | Callable[[int], Examples],
+    *,
+    training: Training,
+    generator: torch.Generator,
+    mask: Mask | None = None,
+    objective: Objective = cross_entropy,
+    report: Report | None = None,
+    num_batches: int | None = None,
+) -> nn.Module:
+    """Train the given model in place and return it.
+
+    `examples` may be a function of the epoch (from 0). `num_batches` cuts each epoch, so that models trained on
+    subsets that differ in size by one take the same steps. Under a mask, entries outside `trainable` do not move by
+    one bit, whatever momentum and weight decay do; under a mask with none trainable nothing moves, buffers included.
+    Raises FloatingPointError where the loss stops being finite.
+    """
+    if mask is not None and not any(bool(part.any()) for part in mask.trainable.values()):
+        return model
+    restrained = _Restraint(model, mask)
+    optimizer = torch.optim.SGD(
+        restrained.parameters,
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+    )
+    autocast = _autocast(next(model.parameters()).device, training.precision)
+    model.train()
+    step = 0
+    for epoch in range(training.epochs):
+        data = examples(epoch) if callable(examples) else examples
+        per_epoch = max(1, len(data) // training.batch_size) if num_batches is None else num_batches
+        total = torch.zeros((), device=next(model.parameters()).device)
+        stream = batches(data, training.batch_size, generator)
+        for _, (images, labels) in zip(range(per_epoch), stream, strict=False):
+            factor = rate_factor(step, per_epoch * training.epochs, training.warmup, training.final)
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate * factor
+            with autocast():
+                loss = objective(model, images, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            optimizer.step()
+            restrained.restore()
+            total += loss.detach()
+            step += 1
+        mean = float(total) / per_epoch
+        if not math.isfinite(mean):
+            restrained.release()
+            raise FloatingPointError(
+                f"the loss became {mean} in epoch {epoch + 1} at learning rate {training.learning_rate}; try a smaller one"
+            )
+        if report is not None:
+            report(epoch + 1, per_epoch, mean)
+    restrained.release()
+    return model
+
+
+class _Restraint:
+    """Keeps the frozen entries of a model in place: whole tensors by leaving them out of the optimizer, the frozen
+    part of mixed tensors by writing it back after every step (weight decay and momentum would move it)."""
+
+    def __init__(self, model: nn.Module, mask: Mask | None) -> None:
+        self.parameters: list[nn.Parameter] = []
+        self._mixed: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._frozen: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            allowed = None if mask is None else mask.trainable[name].to(parameter.device)
+            if allowed is not None and not bool(allowed.any()):
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+                continue
+            self.parameters.append(parameter)
+            if allowed is not None and not bool(allowed.all()):
+                self._mixed.append((parameter, allowed, parameter.detach().clone()))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, allowed, before in self._mixed:
+            parameter.copy_(torch.where(allowed, parameter, before))
+
+    def release(self) -> None:
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+
+
+def _autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
+    if precision == "fp32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, examples: Examples, *, batch_size: int = 512) -> np.ndarray:
+    """Logits float32 [n, classes] in evaluation mode, of every example; the model keeps its mode."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    parts = [
+        model(as_input(examples.images[start : start + batch_size].to(device))).float().cpu()
+        for start in range(0, len(examples), batch_size)
+    ]
+    model.train(was_training)
+    logits: np.ndarray = torch.cat(parts).numpy()
+    return logits
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A copy that shares nothing with the model."""
+    return copy.deepcopy(model)
+
+
+@torch.no_grad()
+def reset(model: nn.Module, mask: Mask | None, source: nn.Module) -> nn.Module:
+    """Overwrite the masked entries (all, without a mask) in place with those of `source`; buffers stay as they are."""
+    replacement = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        new = replacement[name].to(parameter.device)
+        parameter.copy_(new if mask is None else torch.where(mask.reset[name].to(parameter.device), new, parameter))
+    return model
