@@ -279,3 +279,28 @@ def get_outputs(store: Store, key: str) -> dict[str, SplitOutputs]:
         )
         for split in sorted(splits)
     }
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def put_table(store: Store, name: str, table: pa.Table, metadata: Mapping[str, str] | None = None) -> None:
+    """A table as one Parquet object, with metadata in its footer."""
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata(dict(metadata) if metadata else None), sink, compression="zstd")
+    store.put(name, sink.getvalue().to_pybytes())
+
+
+def get_table(store: Store, name: str) -> pa.Table:
+    """A stored Parquet table; raises InputError where it is damaged."""
+    import pyarrow.parquet as pq
+
+    content = store.get(name)
+    try:
+        return pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(
+            f"{store.url(name)} is damaged ({error}); remove it and run the same command again, which computes it anew"
+        ) from None

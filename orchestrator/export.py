@@ -1,0 +1,146 @@
+"""Parquet tables of everything in a store. Reads rows, outputs and scores; trains nothing and needs no data set."""
+
+from __future__ import annotations
+
+import secrets
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from orchestrator import results
+from orchestrator.data import Outputs
+from orchestrator.metrics import COMPARISONS, METRICS
+from orchestrator.registry import canonical_json
+from orchestrator.results import TABLES, Attempt, Row, Sweep
+from orchestrator.store import Store
+
+
+def export(store: Store) -> str:
+    """Write every table of `TABLES` to `exports/` anew and return the export_id that all their footers carry."""
+    rows = [results.get_row(store, key) for key in sorted(results.row_keys(store))]
+    done = {row.key for row in rows}
+    failed = [tries[-1] for name, tries in results.get_attempts(store).items() if name not in done]
+    outputs = _LazyOutputs(store)
+    export_id = secrets.token_hex(8)
+    footer = {"export_id": export_id, "schema_version": results.SCHEMA_VERSION}
+    lines: dict[str, Iterable[Mapping[str, Any]]] = {
+        "runs": [*map(run_line, rows), *(failed_line(a) for a in failed if a.provenance.get("kind") == "run")],
+        "members": member_lines(results.get_sweeps(store)),
+        "metrics": metric_lines(rows, outputs),
+        "comparisons": comparison_lines(rows, outputs),
+        "layers": ({"key": row.key, **vars(layer)} for row in rows for layer in row.layers),
+        "series": (
+            {"key": row.key, "metric": name, "epoch": epoch, "value": value}
+            for row in rows
+            for name, values in row.series.items()
+            for epoch, value in enumerate(values, 1)
+        ),
+    }
+    for name, items in lines.items():
+        table = pa.Table.from_pylist(list(items), schema=TABLES[name])
+        results.put_table(store, f"exports/{name}.parquet", table, footer)
+    for name, suffix in (("memorization", ".parquet"), ("examples", ".examples.parquet")):
+        results.put_table(store, f"exports/{name}.parquet", _scores_table(store, name, suffix), footer)
+    return export_id
+
+
+def run_line(row: Row) -> dict[str, Any]:
+    """A row as one line of the table `runs`."""
+    return _spec_columns(row.spec) | {
+        "key": row.key,
+        "status": "done",
+        "data": row.provenance["data"],
+        "model": row.provenance["model"],
+        "realised_budget": row.measurements.get("realised_budget"),
+        "effective_budget": row.measurements.get("effective_budget"),
+        "steps_ratio": row.measurements.get("steps_ratio"),
+        "seconds": row.provenance["seconds"],
+        "numerics": row.provenance["numerics"],
+        "git_commit": row.provenance["git_commit"],
+    }
+
+
+def failed_line(attempt: Attempt) -> dict[str, Any]:
+    """The last failed attempt of a run without a row, as one line of the table `runs`."""
+    model = attempt.spec["setting"]["model"]["name"]
+    data = attempt.provenance.get("data", "")
+    return _spec_columns(attempt.spec) | {"key": attempt.key, "status": attempt.status, "data": data, "model": model}
+
+
+def _spec_columns(spec: Mapping[str, Any]) -> dict[str, Any]:
+    mask, method = spec["mask"] or {}, spec["method"]
+    return {
+        "forget_set": spec["forget"]["rule"]["name"],
+        "forget_draw": spec["forget"]["draw"],
+        "method": method["name"],
+        "strategy": mask["strategy"]["name"] if mask else None,
+        "granularity": mask.get("granularity"),
+        "budget": mask.get("budget"),
+        "learning_rate": method["options"].get("lr"),
+        "seed": spec["seed"],
+        "original_seed": spec["original_seed"],
+        "options": canonical_json(method["options"]),
+    }
+
+
+def member_lines(sweeps: Iterable[Sweep]) -> Iterator[dict[str, Any]]:
+    """The table `members`."""
+    for sweep in sweeps:
+        for member in sweep.members:
+            yield {"sweep": sweep.key, "recipe": sweep.recipe, "arm": member.arm, "key": member.key}
+
+
+class _LazyOutputs:
+    """Outputs by run key, read once each."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read: dict[str, Outputs] = {}
+
+    def __getitem__(self, key: str) -> Outputs:
+        if key not in self._read:
+            self._read[key] = results.get_outputs(self._store, key)
+        return self._read[key]
+
+
+def metric_lines(rows: Iterable[Row], outputs: _LazyOutputs) -> Iterator[dict[str, Any]]:
+    """The table `metrics`: values from the rows; a metric that is new, or of another version, from the outputs."""
+    for row in rows:
+        for name, metric in METRICS.items():
+            stored = row.metrics.get(name)
+            current = stored is not None and row.metric_versions.get(name) == metric.version
+            values = stored if stored is not None and current else metric({"outputs": outputs[row.key]}, {})
+            for split, value in values.items():
+                yield {"key": row.key, "metric": name, "split": split, "value": value}
+
+
+def comparison_lines(rows: Iterable[Row], outputs: _LazyOutputs) -> Iterator[dict[str, Any]]:
+    """The table `comparisons`: every run, references too, with every other reference of equal setting and forget set."""
+    groups: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.comparable_with].append(row)
+    for group in groups.values():
+        for reference in [row for row in group if row.is_reference]:
+            for row in group:
+                if row.key != reference.key:
+                    yield from _compare(row.key, reference.key, outputs)
+
+
+def _compare(key: str, reference_key: str, outputs: _LazyOutputs) -> Iterator[dict[str, Any]]:
+    for name, comparison in COMPARISONS.items():
+        values = comparison({"outputs": outputs[key], "reference": outputs[reference_key]}, {})
+        for split, value in values.items():
+            yield {"key": key, "reference_key": reference_key, "metric": name, "split": split, "value": value}
+
+
+def _scores_table(store: Store, table: str, suffix: str) -> pa.Table:
+    other = ".examples.parquet"
+    names = [n for n in store.names("scores") if n.endswith(suffix) and (suffix == other or not n.endswith(other))]
+    parts = []
+    for name in names:
+        part = results.get_table(store, f"scores/{name}")
+        keys = pa.array([name.removesuffix(suffix)] * len(part), pa.string())
+        parts.append(part.add_column(0, TABLES[table].field("scores_key"), keys).cast(TABLES[table]))
+    return pa.concat_tables(parts) if parts else TABLES[table].empty_table()

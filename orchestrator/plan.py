@@ -1,0 +1,218 @@
+"""Specs and store -> tasks that are missing, what is cached, scores from blocks. Knows no Ray."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from orchestrator import results
+from orchestrator.data import Dataset
+from orchestrator.experiment import Task
+from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate, split_half_correlation
+from orchestrator.registry import InputError
+from orchestrator.results import Member, Sweep
+from orchestrator.specs import CampaignSpec, ScoresSpec, key
+from orchestrator.store import Store
+from orchestrator.study import Study
+
+NUM_PICTURES = 25  # images of the most memorized examples kept with the scores, for the report
+
+_SCHEMAS = {name: results.TABLES[name].remove(0) for name in ("memorization", "examples")}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tasks of a study over one data set, in waves, and which objects the store already holds."""
+
+    study: Study
+    fingerprint: str
+    present: frozenset[str]
+
+    def missing(self, tasks: Iterable[Task]) -> list[Task]:
+        return [task for task in tasks if task.object_name not in self.present]
+
+    @property
+    def needs_scores(self) -> bool:
+        return any("memorization" in rule.entry.inputs for rule in self.study.forget_sets)
+
+    def blocks(self) -> list[Task]:
+        spec = self.study.campaign_spec(self.fingerprint)
+        return [Task("block", spec, block) for block in range(self.study.campaign.blocks)]
+
+    def originals(self) -> list[Task]:
+        return [Task("original", spec) for spec in self.study.originals(self.fingerprint)]
+
+    def references(self) -> list[Task]:
+        return [Task("run", spec) for spec in self.study.reference_runs(self.fingerprint)]
+
+    def localizations(self) -> list[Task]:
+        """The distinct localizations of the runs, each base strategy before those that build on it."""
+        specs = {key(spec): spec for _, run in self.study.runs(self.fingerprint) if (spec := run.localization)}
+        return [Task("localization", spec) for spec in sorted(specs.values(), key=lambda s: s.base is not None)]
+
+    def runs(self) -> list[Task]:
+        distinct = {key(run): run for _, run in self.study.runs(self.fingerprint)}
+        return [Task("run", run) for run in distinct.values()]
+
+    def sweep(self, provenance: Mapping[str, Any]) -> Sweep:
+        """The sweep's own record: all its runs by key, references included."""
+        members = [Member(arm, key(run)) for arm, run in self.study.runs(self.fingerprint)]
+        members += [Member("reference", key(run)) for run in self.study.reference_runs(self.fingerprint)]
+        name = results.sweep_key(self.study.recipe, members)
+        return Sweep(name, self.study.recipe, tuple(members), self.study.model_dump(mode="json"), provenance)
+
+    def waves(self) -> dict[str, list[Task]]:
+        """All tasks by what they are, in the order in which they must be done."""
+        return {
+            "subset-model blocks": self.blocks() if self.needs_scores else [],
+            "originals": self.originals(),
+            "references": self.references(),
+            "localizations": self.localizations(),
+            "runs": self.runs(),
+        }
+
+    def counts(self) -> dict[str, Counter[str]]:
+        """Per wave, how many tasks are done and missing."""
+        waves = {}
+        for name, tasks in self.waves().items():
+            missing = len(self.missing(tasks))
+            waves[name] = Counter(done=len(tasks) - missing, missing=missing)
+        return waves
+
+
+def make(study: Study, dataset: Dataset, store: Store) -> Plan:
+    """Plan a study against what a store holds now; checks everything that can be known before training.
+
+    Raises InputError for a rule or value that does not fit the data, and for a damaged row among those needed.
+    """
+    smallest = int(len(dataset.splits["train"]) * study.campaign.fraction)
+    if study.training.batch_size > smallest:
+        raise InputError(
+            f"training.batch_size is {study.training.batch_size}; allowed: at most the {smallest} examples of a subset"
+        )
+    present = frozenset(
+        f"{folder}/{name}"
+        for folder in ("campaigns", "models", "localizations", "rows", "scores")
+        for name in store.names(folder)
+    )
+    plan = Plan(study, dataset.fingerprint, present)
+    for forget in study.forget_specs(dataset.fingerprint):
+        _check_forget_set(forget.rule, dataset)
+    for task in (*plan.references(), *plan.runs()):
+        if task.object_name in present:
+            results.get_row(store, key(task.spec))
+    return plan
+
+
+def _check_forget_set(rule: Any, dataset: Dataset) -> None:
+    """Draw the set once on stand-in scores: what it refuses, it refuses before anything is trained."""
+    available = {
+        "labels": dataset.split_labels("train"),
+        "true_labels": dataset.split_true_labels("train"),
+        "memorization": np.zeros(len(dataset.splits["train"])),
+        "rng": np.random.default_rng(0),
+    }
+    rule.entry(available, rule.options)
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ScoresSummary:
+    """What a campaign came to: its scores key, fit, and reliability (rank correlation between its halves)."""
+
+    scores_key: str
+    models: int
+    in_accuracy: float
+    hard_in_accuracy: float
+    test_accuracy: float
+    split_half: float
+    model_seconds: float
+
+    @property
+    def passes_gate(self) -> bool:
+        """In-subset accuracy 99.5 % overall, and 97 % on examples with an out-accuracy below one half."""
+        return self.in_accuracy >= 0.995 and not self.hard_in_accuracy < 0.97
+
+
+def block_counts(store: Store, spec: CampaignSpec, block: int, labels: np.ndarray) -> tuple[Counts, dict[str, Any]]:
+    """Tallies of one stored block against the given labels, and its arrays."""
+    arrays = results.unpack(store, Task("block", spec, block).object_name)
+    correct = arrays["train"].argmax(axis=2) == labels
+    return count(arrays["membership"].astype(bool), correct), arrays
+
+
+def compute_scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
+    """Estimate scores from the blocks, store them with the images of the most memorized, and sum up."""
+    labels = dataset.split_labels("train")
+    halves: list[Counts | None] = [None, None]
+    test, seconds = [], 0.0
+    for block in range(spec.blocks):
+        counts, arrays = block_counts(store, spec.campaign, block, labels)
+        before = halves[block % 2]
+        halves[block % 2] = counts if before is None else before + counts
+        test.append(arrays["test_accuracy"].mean())
+        seconds += float(arrays["seconds"].sum())
+    first, second = halves
+    assert first is not None
+    total = first if second is None else first + second
+    scores = estimate(total)
+    table = pa.table(
+        {
+            "index": np.arange(len(labels)),
+            "label": labels,
+            "true_label": dataset.split_true_labels("train"),
+            **vars(scores),
+        }
+    )
+    names = _SCHEMAS["memorization"].names
+    put = f"scores/{key(spec)}"
+    most = np.argsort(-scores.score, kind="stable")[:NUM_PICTURES]
+    results.put_table(store, f"{put}.examples.parquet", _pictures(dataset, most))
+    results.put_table(store, f"{put}.parquet", table.select(names).cast(_SCHEMAS["memorization"]))
+    hard = scores.out_mean < 0.5
+    return ScoresSummary(
+        scores_key=key(spec),
+        models=spec.blocks * BLOCK_SIZE,
+        in_accuracy=float(total.in_hits.sum() / total.in_total.sum()),
+        hard_in_accuracy=float(scores.in_mean[hard].mean()) if hard.any() else float("nan"),
+        test_accuracy=float(np.mean(test)),
+        split_half=float("nan") if second is None else split_half_correlation(first, second),
+        model_seconds=seconds,
+    )
+
+
+def _pictures(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> pa.Table:
+    from PIL import Image
+
+    rows, lines = dataset.splits["train"][indices], []
+    for index, row in zip(indices, rows, strict=True):
+        image = dataset.images[row]
+        buffer = io.BytesIO()
+        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
+        lines.append(
+            {
+                "index": int(index),
+                "label_name": dataset.class_names[dataset.labels[row]],
+                "true_label_name": dataset.class_names[dataset.true_labels[row]],
+                "png": buffer.getvalue(),
+            }
+        )
+    return pa.Table.from_pylist(lines, schema=_SCHEMAS["examples"])
+
+
+def overlaps(sets: Mapping[str, np.ndarray]) -> list[tuple[str, str, int]]:
+    """How many examples each pair of forget sets shares."""
+    names = list(sets)
+    return [
+        (a, b, len(np.intersect1d(sets[a], sets[b]))) for i, a in enumerate(names) for b in names[i + 1 :]
+    ]
+
+

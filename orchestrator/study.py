@@ -1,0 +1,330 @@
+"""A study: the settings and axes that a recipe returns, and the `--set` overrides that they check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
+from itertools import product
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.registry import InputError, suggest
+from orchestrator.specs import (
+    CampaignSpec,
+    DataSource,
+    ForgetSet,
+    ForgetSpec,
+    MaskSpec,
+    Method,
+    Model,
+    Named,
+    OriginalSpec,
+    RunSpec,
+    ScoresSpec,
+    Setting,
+    Spec,
+    Strategy,
+    TrainingSpec,
+    check_fraction,
+)
+from orchestrator.unlearning import METHODS
+
+T = TypeVar("T")
+
+
+class Campaign(Spec):
+    """How many subset models, on which share of the training set."""
+
+    models: int = Field(default=200, ge=BLOCK_SIZE)
+    fraction: float = 0.7
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.models % BLOCK_SIZE:
+            raise InputError(f"campaign.models is {self.models}; allowed: a multiple of {BLOCK_SIZE}")
+        check_fraction(self.fraction)
+        return self
+
+    @property
+    def blocks(self) -> int:
+        return self.models // BLOCK_SIZE
+
+
+class Arm(Spec):
+    """A named combination of strategy, granularity and method; every list in it is an axis of the grid."""
+
+    method: str
+    options: Mapping[str, tuple[Any, ...]] = Field(default_factory=dict)
+    strategy: Strategy | None = None
+    base: Strategy | None = None
+    granularity: Literal["param", "channel"] = "channel"
+    budget: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        entry = METHODS[self.method]
+        coerced = {}
+        for name, values in self.options.items():
+            if name not in entry.options:
+                raise InputError(f"method {self.method} has no option {name!r}; {suggest(name, entry.options)}")
+            coerced[name] = tuple(entry.coerce(name, value) for value in values)
+        object.__setattr__(self, "options", coerced)
+        if self.strategy is None and self.budget:
+            raise InputError(f"method {self.method} has a budget but no strategy; set its strategy too")
+        if self.strategy is not None and not self.budget:
+            raise InputError(f"strategy {self.strategy.name} has no budget; set budget to shares in (0, 1]")
+        if self.strategy is not None and "mask" not in entry.inputs:
+            raise InputError(f"method {self.method} chooses its own parameters: it takes no strategy or budget")
+        if self.strategy is not None and ("base" in self.strategy.entry.inputs) != (self.base is not None):
+            word = "needs" if self.base is None else "takes no"
+            raise InputError(f"strategy {self.strategy.name} {word} base strategy")
+        for budget in self.budget:
+            if not 0 < budget <= 1:
+                raise InputError(f"budget is {budget}; allowed: a share of the parameter entries in (0, 1]")
+        return self
+
+    def methods(self) -> Iterator[Method]:
+        """Every combination of the options."""
+        for values in product(*self.options.values()):
+            yield Method(name=self.method, options=dict(zip(self.options, values, strict=True)))
+
+    def masks(self) -> Iterator[MaskSpec | None]:
+        """Every budget, or None where the arm has no strategy."""
+        if self.strategy is None:
+            yield None
+            return
+        for budget in self.budget:
+            yield MaskSpec(strategy=self.strategy, base=self.base, granularity=self.granularity, budget=budget)
+
+
+class Study(Spec):
+    """An experiment before it is multiplied out.
+
+    Protocol `paired`: data and forget draw are fixed; original and unlearning seed vary together over `seeds`.
+    """
+
+    recipe: str
+    data: DataSource
+    model: Model
+    training: TrainingSpec
+    campaign: Campaign = Campaign()
+    forget_sets: tuple[ForgetSet, ...]
+    forget_draw: int = 0
+    references: int = Field(default=5, ge=1)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    methods: Mapping[str, Arm]
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise InputError(f"seeds are {','.join(map(str, seeds)) or 'none'}; allowed: distinct whole numbers from 0")
+        return seeds
+
+    @field_validator("forget_sets")
+    @classmethod
+    def _unrepeated(cls, forget_sets: tuple[ForgetSet, ...]) -> tuple[ForgetSet, ...]:
+        names = [rule.name for rule in forget_sets]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"forget_sets are {','.join(names) or 'none'}; allowed: one or more distinct names")
+        return forget_sets
+
+    def setting(self, fingerprint: str) -> Setting:
+        return Setting(data=fingerprint, model=self.model, training=self.training)
+
+    def campaign_spec(self, fingerprint: str) -> CampaignSpec:
+        return CampaignSpec(
+            setting=self.setting(fingerprint), fraction=self.campaign.fraction, seed=self.campaign.seed
+        )
+
+    def scores_spec(self, fingerprint: str) -> ScoresSpec:
+        return ScoresSpec(campaign=self.campaign_spec(fingerprint), blocks=self.campaign.blocks)
+
+    def forget_specs(self, fingerprint: str) -> list[ForgetSpec]:
+        scores = self.scores_spec(fingerprint)
+        return [
+            ForgetSpec(
+                rule=rule,
+                draw=self.forget_draw if "rng" in rule.entry.inputs else 0,
+                scores=scores if "memorization" in rule.entry.inputs else None,
+            )
+            for rule in self.forget_sets
+        ]
+
+    def originals(self, fingerprint: str) -> list[OriginalSpec]:
+        return [OriginalSpec(setting=self.setting(fingerprint), seed=seed) for seed in self.seeds]
+
+    def reference_runs(self, fingerprint: str) -> list[RunSpec]:
+        return [
+            RunSpec(
+                setting=self.setting(fingerprint),
+                forget=forget,
+                method=Method(name="retrain"),
+                original_seed=None,
+                seed=seed,
+            )
+            for forget in self.forget_specs(fingerprint)
+            for seed in range(self.references)
+        ]
+
+    def runs(self, fingerprint: str) -> list[tuple[str, RunSpec]]:
+        """All runs of the grid with the name of their arm, in the order of forget sets, arms, axes and seeds."""
+        setting = self.setting(fingerprint)
+        return [
+            (
+                name,
+                RunSpec(
+                    setting=setting,
+                    forget=forget,
+                    method=method,
+                    original_seed=seed if "model" in method.entry.inputs else None,
+                    mask=mask,
+                    seed=seed,
+                ),
+            )
+            for forget in self.forget_specs(fingerprint)
+            for name, arm in self.methods.items()
+            for method in arm.methods()
+            for mask in arm.masks()
+            for seed in self.seeds
+        ]
+
+
+# ---- overrides -----------------------------------------------------------------------------------------------------
+
+
+def checked(build: Callable[[], T]) -> T:
+    """Build a spec; what pydantic or a registry finds wrong becomes one InputError sentence."""
+    try:
+        return build()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        cause = (first.get("ctx") or {}).get("error")
+        if isinstance(cause, InputError):
+            raise InputError(str(cause)) from None
+        raise InputError(f"{place} is {first['input']!r}; {first['msg'].lower()}") from None
+
+
+def override(study: Study, assignments: Iterable[str]) -> Study:
+    """Apply `field=value` texts in turn; see `assign` for what a field may be."""
+    changed = reduce(assign, assignments, study)
+    for arm in changed.methods.values():
+        _rebuild(arm, "method", arm.method)  # a strategy set before its budget is checked here
+    return changed
+
+
+def assign(study: Study, assignment: str) -> Study:
+    """Apply one `field=value`.
+
+    Fields of the study and of its parts (`references`, `seeds`, `training.epochs`, `campaign.models`), options of its
+    functions (`data.train`, `model.width`, `forget_sets.random.fraction`), which `methods` and `forget_sets` take part,
+    one arm's axes (`methods.del.lr=0.03,0.1`, `.budget`, `.strategy`, `.granularity`), or an axis of all arms that
+    have it (`lr=0.1`, `budget=0.1,0.3`). Raises InputError with what, got and allowed.
+    """
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set takes field=value; got {assignment!r}")
+    field, *rest = path.split(".")
+    changes: Any
+    if field in ("data", "model"):
+        changes = _named(getattr(study, field), rest, text, path)
+    elif field in ("training", "campaign"):
+        changes = _part(getattr(study, field), rest, text, path)
+    elif field == "forget_sets":
+        changes = _forget_sets(study.forget_sets, rest, text, path)
+    elif field == "methods":
+        changes = _arms(study.methods, rest, text, path)
+    elif field == "seeds" and not rest:
+        changes = text.split(",")
+    elif field in ("references", "forget_draw") and not rest:
+        changes = text
+    elif not rest and _arms_with(study, field):
+        arms = _arms_with(study, field)
+        field, changes = "methods", {
+            name: _arm(arm, path, text, path) if name in arms else arm for name, arm in study.methods.items()
+        }
+    else:
+        raise InputError(f"unknown field {path!r}; {suggest(path, _fields(study))}")
+    return _rebuild(study, field, changes)
+
+
+def _rebuild(spec: Any, field: str, value: Any) -> Any:
+    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
+    return checked(lambda: type(spec)(**fields | {field: value}))
+
+
+def _fields(study: Study) -> list[str]:
+    """The fields that `--set` knows, for error messages."""
+    named = [f"{part}.{option}" for part in ("data", "model") for option in getattr(study, part).entry.options]
+    parts = [f"{p}.{field}" for p in ("training", "campaign") for field in type(getattr(study, p)).model_fields]
+    axes = {option for arm in study.methods.values() for option in METHODS[arm.method].options}
+    plain = ["data", "model", "references", "seeds", "forget_draw", "forget_sets", "methods", "budget"]
+    return plain + named + parts + sorted(axes)
+
+
+def _named(named: Any, rest: list[str], text: str, path: str) -> Named:
+    kind = type(named)
+    if not rest:
+        new: Named = checked(lambda: kind(name=text))
+        return new
+    if len(rest) > 1:
+        raise InputError(f"unknown field {path!r}; {suggest(rest[0], named.entry.options)}")
+    changed: Named = checked(lambda: kind(name=named.name, options={**named.options, rest[0]: text}))
+    return changed
+
+
+def _part(part: Any, rest: list[str], text: str, path: str) -> Any:
+    if len(rest) != 1 or rest[0] not in type(part).model_fields:
+        raise InputError(f"unknown field {path!r}; {suggest('.'.join(rest), type(part).model_fields)}")
+    return _rebuild(part, rest[0], text)
+
+
+def _forget_sets(rules: tuple[ForgetSet, ...], rest: list[str], text: str, path: str) -> tuple[Named, ...]:
+    by_name = {rule.name: rule for rule in rules}
+    if not rest:
+        return tuple(by_name.get(name) or checked(lambda n=name: ForgetSet(name=n)) for name in text.split(","))  # type: ignore[misc]
+    if rest[0] not in by_name:
+        raise InputError(f"unknown field {path!r}; {suggest(rest[0], by_name)}")
+    return tuple(_named(rule, rest[1:], text, path) if rule.name == rest[0] else rule for rule in rules)
+
+
+def _arms(arms: Mapping[str, Arm], rest: list[str], text: str, path: str) -> dict[str, Arm]:
+    if not rest:
+        chosen = {}
+        for name in filter(None, text.split(",")):
+            if name not in arms and name not in METHODS:
+                raise InputError(f"unknown method {name!r}; {suggest(name, {*arms, *METHODS})}")
+            chosen[name] = arms[name] if name in arms else checked(lambda n=name: Arm(method=n))  # type: ignore[misc]
+        if not chosen:
+            raise InputError(f"methods is {text!r}; {suggest(text, {*arms, *METHODS})}")
+        return chosen
+    if rest[0] not in arms:
+        raise InputError(f"unknown field {path!r}; {suggest(rest[0], arms)}")
+    return {name: _arm(arm, ".".join(rest[1:]), text, path) if name == rest[0] else arm for name, arm in arms.items()}
+
+
+def _arm(arm: Arm, field: str, text: str, path: str) -> Arm:
+    options = METHODS[arm.method].options
+    if field == "budget":
+        changed: Arm = _rebuild(arm, "budget", text.split(","))
+    elif field == "granularity":
+        changed = _rebuild(arm, "granularity", text)
+    elif field in ("strategy", "base"):
+        changed = checked(
+            lambda: arm.model_copy(update={field: None if text == "none" else Strategy(name=text)})
+        )  # checked as a whole once the budget is there
+    elif field in options:
+        changed = _rebuild(arm, "options", {**arm.options, field: tuple(text.split(","))})
+    else:
+        raise InputError(f"unknown field {path!r}; {suggest(field, [*options, 'strategy', 'base', 'budget', 'granularity'])}")
+    return changed
+
+
+def _arms_with(study: Study, axis: str) -> set[str]:
+    if axis == "budget":
+        return {name for name, arm in study.methods.items() if arm.strategy is not None}
+    return {name for name, arm in study.methods.items() if axis in METHODS[arm.method].options}
