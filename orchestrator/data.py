@@ -56,11 +56,21 @@ class Splits:
 
 @dataclass(frozen=True)
 class SplitOutputs:
-    """One model on one split: logits float16 [n, classes], given and true labels int64 [n]."""
+    """One model on one split: logits float16 [n, classes], given and true labels int64 [n].
+
+    Raises ValueError where there are no examples or a logit is not finite, so no metric can pass a NaN on.
+    """
 
     logits: np.ndarray
     labels: np.ndarray
     true_labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if not len(self.logits):
+            raise ValueError("the outputs of a split hold no examples; leave the split out")
+        bad = np.count_nonzero(~np.isfinite(self.logits).all(axis=1))
+        if bad:
+            raise ValueError(f"the logits of {bad} of {len(self.logits)} examples are NaN or infinite; allowed: finite")
 
     @cached_property
     def log_probabilities(self) -> np.ndarray:
@@ -79,7 +89,8 @@ class SplitOutputs:
     @cached_property
     def predictions(self) -> np.ndarray:
         """Predicted class, int64 [n]; ties go to the lower class."""
-        return self.logits.argmax(axis=1)
+        predicted: np.ndarray = self.logits.argmax(axis=1)
+        return predicted
 
     def take(self, chosen: np.ndarray) -> SplitOutputs:
         return SplitOutputs(self.logits[chosen], self.labels[chosen], self.true_labels[chosen])
@@ -129,10 +140,12 @@ class Dataset:
         return Examples(torch.tensor(self.images[rows]), torch.tensor(self.labels[rows]))
 
     def split_labels(self, split: str) -> np.ndarray:
-        return self.labels[self.splits[split]]
+        labels: np.ndarray = self.labels[self.splits[split]]
+        return labels
 
     def split_true_labels(self, split: str) -> np.ndarray:
-        return self.true_labels[self.splits[split]]
+        labels: np.ndarray = self.true_labels[self.splits[split]]
+        return labels
 
 
 DATASETS: Registry[Callable[..., Dataset]] = Registry("data set", frozenset())
@@ -140,13 +153,15 @@ DATASETS: Registry[Callable[..., Dataset]] = Registry("data set", frozenset())
 
 def stratified_split(labels: np.ndarray, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw disjoint sorted index sets of the given sizes, each class in proportion (largest remainders first)."""
+    if min(sizes.values()) < 0:
+        raise InputError(f"the splits {dict(sizes)} have a negative size; there are {len(labels)} examples")
     if sum(sizes.values()) > len(labels):
         raise InputError(f"the splits {dict(sizes)} need {sum(sizes.values())} examples; there are {len(labels)}")
     left = {int(label): rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)}
     splits = {}
     for name, size in sizes.items():
         available = np.array([len(rows) for rows in left.values()])
-        exact = size * available / available.sum()
+        exact = size * available / max(1, available.sum())
         counts = np.floor(exact).astype(int)
         order = np.argsort(-(exact - counts), kind="stable")
         counts[order[: size - counts.sum()]] += 1
@@ -212,9 +227,19 @@ def image_parquet(
     labels, test_labels = _labels_of(first, train), _labels_of(second, test)
     size = len(labels) - num_validation if num_train is None else num_train
     chosen = stratified_split(labels, {"train": size, "validation": num_validation}, rng)
-    chosen_test = stratified_split(test_labels, {"test": num_test or len(test_labels)}, rng)["test"]
+    chosen_test = stratified_split(test_labels, {"test": len(test_labels) if num_test is None else num_test}, rng)[
+        "test"
+    ]
+    if not (len(chosen["train"]) and len(chosen_test)):
+        raise InputError(f"num_train is {size} and num_test is {len(chosen_test)}; allowed: 1 or more")
     rows = np.concatenate([chosen["train"], chosen["validation"]])
-    images = np.concatenate([_decode(first, rows, train), _decode(second, chosen_test, test)])
+    train_images, test_images = _decode(first, rows, train), _decode(second, chosen_test, test)
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise InputError(
+            f"the images of {test!r} have shape {test_images.shape[1:]}, those of {train!r} {train_images.shape[1:]}; "
+            "allowed: one size"
+        )
+    images = np.concatenate([train_images, test_images])
     true_labels = np.concatenate([labels[rows], test_labels[chosen_test]])
     bounds = np.cumsum([0, len(chosen["train"]), len(chosen["validation"]), len(chosen_test)])
     splits = {name: np.arange(bounds[i], bounds[i + 1]) for i, name in enumerate(SPLITS)}
@@ -228,7 +253,9 @@ def _read_table(path: str, option: str) -> pa.Table:
     import pyarrow.parquet as pq
 
     if not Path(path).is_file():
-        raise InputError(f"data file {path!r} does not exist; give the path of a Parquet file with --set data.{option}=PATH")
+        raise InputError(
+            f"data file {path!r} does not exist; give the path of a Parquet file with --set data.{option}=PATH"
+        )
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
@@ -242,13 +269,17 @@ def _column(table: pa.Table, names: Sequence[str], path: str) -> Any:
     for name in names:
         if name in table.column_names:
             return table[name]
-    raise InputError(f"data file {path!r} has the columns {', '.join(table.column_names)}; one of {', '.join(names)} is needed")
+    raise InputError(
+        f"data file {path!r} has the columns {', '.join(table.column_names)}; one of {', '.join(names)} is needed"
+    )
 
 
 def _labels_of(table: pa.Table, path: str) -> np.ndarray:
     column = _column(table, ("label", "labels"), path)
     if not str(column.type).startswith(("int", "uint")) or column.null_count:
-        raise InputError(f"the labels of {path!r} are {column.type} with {column.null_count} nulls; allowed: whole numbers")
+        raise InputError(
+            f"the labels of {path!r} are {column.type} with {column.null_count} nulls; allowed: whole numbers"
+        )
     labels: np.ndarray = column.to_numpy().astype(np.int64)
     if labels.min() < 0:
         raise InputError(f"the labels of {path!r} go down to {labels.min()}; allowed: whole numbers from 0")
@@ -268,7 +299,9 @@ def _decode(table: pa.Table, rows: np.ndarray, path: str) -> np.ndarray:
         except (UnidentifiedImageError, OSError, TypeError, KeyError, ValueError) as error:
             raise InputError(f"image {row} of {path!r} cannot be decoded: {_first_line(error)}") from None
         if images[-1].shape != images[0].shape:
-            raise InputError(f"image {row} of {path!r} has shape {images[-1].shape}, the first {images[0].shape}; allowed: one size")
+            raise InputError(
+                f"image {row} of {path!r} has shape {images[-1].shape}, the first {images[0].shape}; allowed: one size"
+            )
     return np.stack(images)
 
 

@@ -259,6 +259,7 @@ class Outcome:
     training_seconds: float
     seconds: float
     cpu_seconds: float
+    began: float  # seconds since 1970
     error: str | None = None
 
 
@@ -286,7 +287,7 @@ class Workspace:
 
     def perform(self, task: Task) -> Outcome:
         """Compute a task and put the result into the store; a failure becomes an attempt there and an Outcome."""
-        wall, cpu, self._training_seconds = time.perf_counter(), time.process_time(), 0.0
+        began, wall, cpu, self._training_seconds = time.time(), time.perf_counter(), time.process_time(), 0.0
         work: Callable[[Task], int] = getattr(self, f"_{task.kind}")
         models, error = 0, None
         with single_thread():
@@ -296,7 +297,7 @@ class Workspace:
                 error = f"{type(failure).__name__}: {failure}".strip()
                 self._record_failure(task, error, traceback.format_exc())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Outcome(task.kind, key(task.spec), models, self._training_seconds, wall, cpu, error)
+        return Outcome(task.kind, key(task.spec), models, self._training_seconds, wall, cpu, began, error)
 
     def _record_failure(self, task: Task, error: str, trace: str) -> None:
         provenance = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}

@@ -21,7 +21,8 @@ def random(labels: np.ndarray, rng: np.random.Generator, *, fraction: float = 0.
     count = round(fraction * len(labels))
     if not 0 < count < len(labels):
         raise InputError(
-            f"forget set random: fraction {fraction} of {len(labels)} examples is {count}; allowed: 1 to {len(labels) - 1}"
+            f"forget set random: fraction {fraction} of {len(labels)} examples is {count}; "
+            f"allowed: 1 to {len(labels) - 1}"
         )
     return np.sort(rng.choice(len(labels), count, replace=False))
 
@@ -31,7 +32,9 @@ def mislabelled(labels: np.ndarray, true_labels: np.ndarray) -> np.ndarray:
     """The training examples whose given label is not their true one."""
     flipped = np.flatnonzero(labels != true_labels)
     if not len(flipped):
-        raise InputError("forget set mislabelled: no label is flipped; set data.label_noise above 0, or leave this set out")
+        raise InputError(
+            "forget set mislabelled: no label is flipped; set data.label_noise above 0, or leave this set out"
+        )
     return flipped
 
 

@@ -11,29 +11,25 @@ from torch.nn import functional
 
 from orchestrator.data import Examples, Splits
 from orchestrator.registry import InputError, Registry
-from orchestrator.training import Mask, as_input
+from orchestrator.training import Mask, as_input, evaluating
 
 Scores = Mapping[str, Tensor]
 """One non-negative float32 score per parameter entry, by parameter name, in the order of the model."""
 
-STRATEGIES: Registry[Callable[..., Scores]] = Registry(
-    "strategy", frozenset({"model", "splits", "generator", "base"})
-)
+STRATEGIES: Registry[Callable[..., Scores]] = Registry("strategy", frozenset({"model", "splits", "generator", "base"}))
 GRANULARITIES = ("param", "channel")
 
 
 def _summed_gradients(model: nn.Module, examples: Examples, batch_size: int) -> dict[str, Tensor]:
     """Sum over batches of the gradient of the mean cross-entropy, evaluation mode, in the order of the examples."""
-    was_training = model.training
-    model.eval()
     names, parameters = zip(*model.named_parameters(), strict=True)
     sums = [torch.zeros_like(parameter) for parameter in parameters]
-    for start in range(0, len(examples), batch_size):
-        images, labels = examples.images[start : start + batch_size], examples.labels[start : start + batch_size]
-        loss = functional.cross_entropy(model(as_input(images)), labels)
-        for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
-            total += gradient
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(examples), batch_size):
+            images, labels = examples.images[start : start + batch_size], examples.labels[start : start + batch_size]
+            loss = functional.cross_entropy(model(as_input(images)), labels)
+            for total, gradient in zip(sums, torch.autograd.grad(loss, parameters), strict=True):
+                total += gradient
     return dict(zip(names, sums, strict=True))
 
 
@@ -87,10 +83,12 @@ def select(
     flat = torch.cat([part.flatten() for part in ranked])
     count = int(Fraction(str(budget)) * len(flat))  # exact: 0.29 x 100 is 29, not 28
     if count == 0:
-        raise InputError(f"budget {budget} of {len(flat)} entries selects nothing; allowed: {1 / len(flat):.2g} or more")
+        raise InputError(
+            f"budget {budget} of {len(flat)} entries selects nothing; allowed: {1 / len(flat):.2g} or more"
+        )
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[torch.argsort(flat, descending=True, stable=True)[:count]] = True
-    pieces = chosen.split([part.numel() for part in ranked])
+    pieces = torch.split(chosen, [part.numel() for part in ranked])
     reset = {name: piece.view(part.shape) for (name, part), piece in zip(scores.items(), pieces, strict=True)}
     trainable = {
         name: torch.ones_like(piece) if train_head and name in head else piece for name, piece in reset.items()
@@ -124,5 +122,3 @@ def localize(
         if not bool(torch.isfinite(part).all()):
             raise ValueError(f"strategy {name} gives {parameter} a score that is not finite")
     return {name: part.detach().float().cpu() for name, part in scores.items()}
-
-

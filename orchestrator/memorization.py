@@ -113,9 +113,7 @@ def estimate(counts: Counts) -> MemorizationScores:
         for hits, total in ((counts.in_hits, counts.in_total), (counts.out_hits, counts.out_total))
     ]
     standard_error = np.sqrt(sum(p * (1 - p) / total for p, total in adjusted))
-    return MemorizationScores(
-        in_mean, out_mean, score, standard_error, low, high, counts.in_total, counts.out_total
-    )
+    return MemorizationScores(in_mean, out_mean, score, standard_error, low, high, counts.in_total, counts.out_total)
 
 
 def wilson(hits: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,11 +124,11 @@ def wilson(hits: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.minimum(share, centre - half), np.maximum(share, centre + half)
 
 
-def split_half_correlation(first: Counts, second: Counts) -> float:
-    """Spearman rank correlation between the scores of two halves of a campaign; NaN where one half is constant."""
+def split_half_correlation(first: Counts, second: Counts) -> float | None:
+    """Spearman rank correlation between the scores of two halves of a campaign; None where one half is constant."""
     from scipy.stats import rankdata
 
     ranks = [rankdata(estimate(half).score) for half in (first, second)]
     if any(np.ptp(rank) == 0 for rank in ranks):
-        return math.nan
+        return None
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

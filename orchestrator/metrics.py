@@ -14,9 +14,7 @@ from orchestrator.registry import Registry
 from orchestrator.seeds import numpy_generator
 
 METRICS: Registry[Callable[..., dict[str, float]]] = Registry("metric", frozenset({"outputs"}))
-COMPARISONS: Registry[Callable[..., dict[str, float]]] = Registry(
-    "comparison", frozenset({"outputs", "reference"})
-)
+COMPARISONS: Registry[Callable[..., dict[str, float]]] = Registry("comparison", frozenset({"outputs", "reference"}))
 
 
 def with_forget_parts(outputs: Outputs) -> dict[str, SplitOutputs]:

@@ -15,9 +15,7 @@ Factory = Callable[[torch.Generator], nn.Module]
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model", frozenset({"image_shape", "num_classes"}))
 
 
-def factory(
-    name: str, options: Mapping[str, Value], image_shape: tuple[int, int, int], num_classes: int
-) -> Factory:
+def factory(name: str, options: Mapping[str, Value], image_shape: tuple[int, int, int], num_classes: int) -> Factory:
     """A function from a generator to a new model in channels_last layout; the same stream gives the same weights.
 
     `image_shape` is channels, height, width.
@@ -30,7 +28,7 @@ def factory(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model: nn.Module = entry({"image_shape": image_shape, "num_classes": num_classes}, resolved)
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        return model.to(memory_format=torch.channels_last)
 
     return fresh
 

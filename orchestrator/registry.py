@@ -48,8 +48,9 @@ def coerce(value: object, annotation: Any, what: str) -> Value:
     if origin in (types.UnionType, typing.Union):
         return _coerce_union(value, arguments, what)
     if origin is Literal:
-        if value in arguments:
-            return typing.cast(Value, value)
+        for member in arguments:
+            if (type(value) is type(member) and value == member) or value == str(member):
+                return typing.cast(Value, member)
         raise InputError(f"{what} is {value!r}; {suggest(str(value), map(str, arguments))}")
     if origin is tuple:
         items = [part for part in value.split(",") if part] if isinstance(value, str) else value
@@ -61,7 +62,7 @@ def coerce(value: object, annotation: Any, what: str) -> Value:
     elif annotation in _SCALARS:
         try:
             return _SCALARS[annotation](value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     else:
         raise TypeError(f"{what}: options of type {annotation!r} are not supported")
@@ -192,7 +193,9 @@ class Registry(Mapping[str, Entry[F]]):
             entry = self._describe(function, version)
             if entry.name in self._entries:
                 first = self._entries[entry.name].function.__module__
-                raise InputError(f"{self.kind} {entry.name!r} is registered twice: in {first} and {function.__module__}")
+                raise InputError(
+                    f"{self.kind} {entry.name!r} is registered twice: in {first} and {function.__module__}"
+                )
             self._entries[entry.name] = entry
             return function
 
@@ -206,6 +209,8 @@ class Registry(Mapping[str, Entry[F]]):
             if name in self.offered:
                 inputs.add(name)
             elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                if name not in hints:
+                    raise InputError(f"option {name} of {self.kind} {function.__name__} has no type annotation")
                 options[name] = Option(name, hints[name], parameter.default)
             else:
                 raise InputError(
@@ -245,6 +250,7 @@ class Plugin:
 
 
 _plugin_hashes: dict[str, str] = {}
+_plugin_failures: dict[str, InputError] = {}
 
 
 def read_plugin(name: str) -> Plugin:
@@ -265,17 +271,19 @@ def _find_spec(name: str) -> object | None:
         return importlib.util.find_spec(name)
     except ModuleNotFoundError:
         return None
+    except Exception as error:  # a parent package that fails to load
+        raise _failure(name, error) from error
 
 
 def load_plugin(plugin: Plugin) -> None:
     """Run a plugin's module once in this process; its functions' versions carry the hash of its source."""
-    if plugin.module in _plugin_hashes:
+    digest = "+" + hashlib.sha256(_source(plugin)).hexdigest()[:12]
+    if _plugin_hashes.setdefault(plugin.module, digest) != digest:
+        raise InputError(f"plugin {plugin.module} is already loaded from another source; rename one of the two")
+    if plugin.module in _plugin_failures:  # a part of it may be registered, so a second try would find it twice
+        raise _plugin_failures[plugin.module]
+    if plugin.module in sys.modules and plugin.source is not None:
         return
-    source = plugin.source
-    if source is None:
-        spec = importlib.util.find_spec(plugin.module)
-        source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else plugin.module
-    _plugin_hashes[plugin.module] = "+" + hashlib.sha256(source.encode()).hexdigest()[:12]
     try:
         if plugin.source is None:
             importlib.import_module(plugin.module)
@@ -283,7 +291,20 @@ def load_plugin(plugin: Plugin) -> None:
             module = types.ModuleType(plugin.module)
             sys.modules[plugin.module] = module
             exec(compile(plugin.source, f"{plugin.module}.py", "exec"), module.__dict__)
-    except InputError:
-        raise
     except Exception as error:
-        raise InputError(f"plugin {plugin.module} fails to load: {type(error).__name__}: {error}") from error
+        _plugin_failures[plugin.module] = _failure(plugin.module, error)
+        raise _plugin_failures[plugin.module] from error
+
+
+def _source(plugin: Plugin) -> bytes:
+    if plugin.source is not None:
+        return plugin.source.encode()
+    spec = importlib.util.find_spec(plugin.module)
+    return Path(spec.origin).read_bytes() if spec and spec.origin else plugin.module.encode()
+
+
+def _failure(name: str, error: Exception) -> InputError:
+    reason = str(error).split("\n", 1)[0]
+    return InputError(
+        reason if isinstance(error, InputError) else f"plugin {name} fails to load: {type(error).__name__}: {reason}"
+    )

@@ -207,7 +207,8 @@ def row_keys(store: Store) -> set[str]:
 
 def put_attempt(store: Store, attempt: Attempt) -> None:
     """Keep a failed try beside the earlier ones of the same run."""
-    number = len(store.names(f"attempts/{attempt.key}"))
+    earlier = [int(name.removesuffix(".json")) for name in store.names(f"attempts/{attempt.key}")]
+    number = max(earlier, default=-1) + 1
     store.put(f"attempts/{attempt.key}/{number}.json", _seal(asdict(attempt)))
 
 
@@ -256,7 +257,8 @@ def unpack(store: Store, name: str) -> dict[str, np.ndarray]:
 def half(logits: np.ndarray) -> np.ndarray:
     """Logits as float16, clipped to its finite range."""
     limit = float(np.finfo(np.float16).max)
-    return np.clip(logits, -limit, limit).astype(np.float16)
+    halved: np.ndarray = np.clip(logits, -limit, limit).astype(np.float16)
+    return halved
 
 
 def put_outputs(store: Store, key: str, outputs: Outputs) -> None:

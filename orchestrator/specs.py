@@ -49,7 +49,9 @@ class Named(Spec):
     def label(self) -> str:
         """The name, with the options that differ from their defaults."""
         changed = [
-            f"{name}={_plain(value)}" for name, value in self.options.items() if value != self.entry.options[name].default
+            f"{name}={_plain(value)}"
+            for name, value in self.options.items()
+            if value != self.entry.options[name].default
         ]
         return self.name + (f"({', '.join(changed)})" if changed else "")
 
@@ -230,7 +232,9 @@ def canonical(value: object) -> object:
         return {str(name): canonical(part) for name, part in value.items()}
     if isinstance(value, tuple | list):
         return [canonical(part) for part in value]
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, float):
+        return value + 0.0  # -0.0 + 0.0 is 0.0: one form for zero
+    if value is None or isinstance(value, bool | int | str):
         return value
     raise TypeError(f"{value!r} has no canonical form")
 
@@ -243,5 +247,3 @@ def key(spec: Spec) -> str:
 
 def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -40,9 +41,9 @@ class Store:
             return fs.LocalFileSystem()
         url = self.endpoint or os.environ.get("AWS_ENDPOINT_URL")
         if url is None:
-            return fs.S3FileSystem()
+            return fs.S3FileSystem(allow_delayed_open=True)
         scheme, _, host = url.rpartition("://")
-        return fs.S3FileSystem(endpoint_override=host, scheme=scheme or "https")
+        return fs.S3FileSystem(endpoint_override=host, scheme=scheme or "https", allow_delayed_open=True)
 
     def path(self, name: str) -> str:
         """The path of an object as the filesystem knows it."""
@@ -57,6 +58,7 @@ class Store:
         if self.is_local:
             _put_local(Path(self.path(name)), content)
             return
+        memoryview(content)  # closing a stream completes the object: what is not bytes must fail before it is opened
         with self.filesystem.open_output_stream(self.path(name)) as stream:
             stream.write(content)
 
@@ -79,10 +81,8 @@ class Store:
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens where there is none."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(self.path(name))
-        except FileNotFoundError:
-            pass
 
     def probe(self) -> None:
         """Write, read back and remove a marker; raises InputError where the root cannot be used."""
@@ -105,7 +105,8 @@ class Store:
             reason = str(error).split("\n", 1)[0]
             raise InputError(
                 f"storage root {self.root!r} cannot be written and read: {reason}; "
-                "allowed: a folder that you may write to, or s3://bucket/prefix of an existing bucket with credentials set"
+                "allowed: a folder that you may write to, or s3://bucket/prefix of an existing bucket "
+                "with credentials set"
             ) from None
 
 
@@ -124,4 +125,3 @@ def _put_local(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-

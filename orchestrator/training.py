@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -119,48 +120,50 @@ def fit(
     """
     if mask is not None and not any(bool(part.any()) for part in mask.trainable.values()):
         return model
-    restrained = _Restraint(model, mask)
-    optimizer = torch.optim.SGD(
-        restrained.parameters,
-        lr=training.learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-    )
-    autocast = _autocast(next(model.parameters()).device, training.precision)
+    device = next(model.parameters()).device
+    autocast = _autocast(device, training.precision)
     model.train()
     step = 0
-    for epoch in range(training.epochs):
-        data = examples(epoch) if callable(examples) else examples
-        per_epoch = max(1, len(data) // training.batch_size) if num_batches is None else num_batches
-        total = torch.zeros((), device=next(model.parameters()).device)
-        stream = batches(data, training.batch_size, generator)
-        for _, (images, labels) in zip(range(per_epoch), stream, strict=False):
-            factor = rate_factor(step, per_epoch * training.epochs, training.warmup, training.final)
-            for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * factor
-            with autocast():
-                loss = objective(model, images, labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            optimizer.step()
-            restrained.restore()
-            total += loss.detach()
-            step += 1
-        mean = float(total) / per_epoch
-        if not math.isfinite(mean):
-            restrained.release()
-            raise FloatingPointError(
-                f"the loss became {mean} in epoch {epoch + 1} at learning rate {training.learning_rate}; try a smaller one"
-            )
-        if report is not None:
-            report(epoch + 1, per_epoch, mean)
-    restrained.release()
+    with _Restraint(model, mask) as restrained:
+        optimizer = torch.optim.SGD(
+            restrained.parameters,
+            lr=training.learning_rate,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+        )
+        for epoch in range(training.epochs):
+            data = examples(epoch) if callable(examples) else examples
+            available = max(1, len(data) // training.batch_size)
+            per_epoch = available if num_batches is None else min(num_batches, available)
+            total = torch.zeros((), device=device)
+            stream = batches(data, training.batch_size, generator)
+            for _, (images, labels) in zip(range(per_epoch), stream, strict=False):
+                factor = rate_factor(step, per_epoch * training.epochs, training.warmup, training.final)
+                for group in optimizer.param_groups:
+                    group["lr"] = training.learning_rate * factor
+                with autocast():
+                    loss = objective(model, images, labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                optimizer.step()
+                restrained.restore()
+                total += loss.detach()
+                step += 1
+            mean = float(total) / per_epoch
+            if not math.isfinite(mean):
+                raise FloatingPointError(
+                    f"the loss became {mean} in epoch {epoch + 1} at learning rate {training.learning_rate}; "
+                    "try a smaller one"
+                )
+            if report is not None:
+                report(epoch + 1, per_epoch, mean)
     return model
 
 
 class _Restraint:
     """Keeps the frozen entries of a model in place: whole tensors by leaving them out of the optimizer, the frozen
-    part of mixed tensors by writing it back after every step (weight decay and momentum would move it)."""
+    part of mixed tensors by writing it back after every step (weight decay and momentum would move it). On leaving,
+    however that comes about, every parameter requires a gradient as it did before."""
 
     def __init__(self, model: nn.Module, mask: Mask | None) -> None:
         self.parameters: list[nn.Parameter] = []
@@ -183,7 +186,10 @@ class _Restraint:
         for parameter, allowed, before in self._mixed:
             parameter.copy_(torch.where(allowed, parameter, before))
 
-    def release(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
@@ -194,17 +200,27 @@ def _autocast(device: torch.device, precision: str) -> Callable[[], AbstractCont
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def predict(model: nn.Module, examples: Examples, *, batch_size: int = 512) -> np.ndarray:
     """Logits float32 [n, classes] in evaluation mode, of every example; the model keeps its mode."""
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    parts = [
-        model(as_input(examples.images[start : start + batch_size].to(device))).float().cpu()
-        for start in range(0, len(examples), batch_size)
-    ]
-    model.train(was_training)
+    with evaluating(model):
+        parts = [
+            model(as_input(examples.images[start : start + batch_size].to(device))).float().cpu()
+            for start in range(0, len(examples), batch_size)
+        ]
     logits: np.ndarray = torch.cat(parts).numpy()
     return logits
 

@@ -55,7 +55,7 @@ def retrain_short(
     warmup: float = 0.2,
     final: float = 0.01,
 ) -> nn.Module:
-    """Control: a new model trained on the retain set for as many steps as unlearning takes (full reset, no original)."""
+    """Control: a new model trained on the retain set for as many steps as unlearning (full reset, no original)."""
     training = Training(lr, epochs, batch_size, momentum, weight_decay, warmup, final)
     return fit(fresh(generator), retain, training=training, generator=generator, report=report)
 

@@ -1,0 +1,1 @@
+"""The command line and one file per job: where the library, Ray and MLflow are put together."""

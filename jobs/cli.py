@@ -1,0 +1,212 @@
+"""The command line. Imports nothing heavy before a command runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="unlearn",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Which training examples has a model memorized, which parameters hold them, and how well can they be removed?",
+)
+
+Recipe = Annotated[str, typer.Argument(help="Name of a recipe; `unlearn list recipes` shows them.", show_default=False)]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, an option or an axis (axis=v1,v2); repeatable."),
+]
+Storage = Annotated[
+    str,
+    typer.Option(help="Root of all results: a folder or s3://bucket/prefix.", envvar="UNLEARN_STORAGE"),
+]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(help="MLflow to write to; `none` for none. Default: MLFLOW_TRACKING_URI, else SQLite in a local root."),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Workers, one core each. Default: as many as there are cores.")]
+GpusPerWorker = Annotated[float, typer.Option(min=0, help="Share of a GPU that each worker takes; 0 trains on CPUs.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster to use. Default: RAY_ADDRESS, else a Ray of our own on this machine.")
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="FILE.py|MODULE", help="Module with functions of your own to register; repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run and what is cached, and stop.")]
+
+DEFAULT_STORAGE = "./runs"
+
+
+@app.command()
+def demo(
+    storage: Storage = DEFAULT_STORAGE,
+    tracking_uri: TrackingUri = None,
+    workers: Workers = None,
+    address: Address = None,
+    assignments: Assignments = None,
+) -> None:
+    """Run the whole pipeline on the digits that ship with scikit-learn: table, report, and where to look next."""
+    from jobs import demo as job
+    from jobs.session import Options
+
+    job.run(Options("digits", assignments or (), storage, tracking_uri, workers, 0.0, address))
+
+
+@app.command()
+def memorize(
+    recipe: Recipe,
+    assignments: Assignments = None,
+    storage: Storage = DEFAULT_STORAGE,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    address: Address = None,
+    plugin: Plugins = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train subset models on Ray and store Feldman-Zhang memorization scores with intervals."""
+    from jobs import memorize as job
+    from jobs.session import Options
+
+    job.run(Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run))
+
+
+@app.command()
+def references(
+    recipe: Recipe,
+    assignments: Assignments = None,
+    storage: Storage = DEFAULT_STORAGE,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    address: Address = None,
+    plugin: Plugins = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train originals, and the references retrained without each forget set."""
+    from jobs import references as job
+    from jobs.session import Options
+
+    job.run(Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run))
+
+
+@app.command()
+def sweep(
+    recipe: Recipe,
+    assignments: Assignments = None,
+    storage: Storage = DEFAULT_STORAGE,
+    tracking_uri: TrackingUri = None,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    address: Address = None,
+    plugin: Plugins = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run every method, budget and rate of a recipe with Ray Tune, training first what the runs depend on."""
+    from jobs import sweep as job
+    from jobs.session import Options
+
+    job.run(
+        Options(recipe, assignments or (), storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run)
+    )
+
+
+@app.command()
+def status(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe to hold against the store.")] = None,
+    assignments: Assignments = None,
+    storage: Storage = DEFAULT_STORAGE,
+    plugin: Plugins = None,
+) -> None:
+    """Show what a store holds: sweeps, runs done and failed, campaigns, and what they cost."""
+    from jobs import status as job
+    from jobs.session import Options
+
+    job.run(Options(recipe or "", assignments or (), storage, "none", plugins=plugin or ()))
+
+
+@app.command()
+def explain(
+    first: Annotated[str, typer.Argument(help="Key of a run, or its first characters.")],
+    second: Annotated[str, typer.Argument(help="Key of another.")],
+    storage: Storage = DEFAULT_STORAGE,
+) -> None:
+    """Say why two runs have different keys."""
+    from jobs import explain as job
+
+    job.run(first, second, storage)
+
+
+@app.command()
+def track(storage: Storage = DEFAULT_STORAGE, tracking_uri: TrackingUri = None) -> None:
+    """Bring MLflow level with the store; writing twice adds nothing."""
+    from jobs import track as job
+
+    job.run(storage, tracking_uri)
+
+
+@app.command()
+def export(storage: Storage = DEFAULT_STORAGE) -> None:
+    """Write the Parquet tables in exports/ anew from the store."""
+    from jobs import export as job
+
+    job.run(storage)
+
+
+@app.command()
+def report(
+    storage: Storage = DEFAULT_STORAGE,
+    sweep: Annotated[str | None, typer.Option(help="Key of a sweep, or its first characters. Default: the newest.")] = None,
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write the HTML report of a sweep, and print its table, from the exported tables."""
+    from jobs import report as job
+
+    job.run(storage, sweep, out)
+
+
+@app.command("list")
+def catalogue(
+    what: Annotated[str | None, typer.Argument(help="recipes, methods, strategies, datasets, ...; default: all.")] = None,
+    plugin: Plugins = None,
+) -> None:
+    """List recipes, methods, strategies, data sets, models, forget sets and metrics, with their options."""
+    from jobs import catalogue as job
+
+    job.run(what, plugin or ())
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard.")] = "http://127.0.0.1:8265",
+    submission_id: Annotated[str | None, typer.Option(help="Name of the job; a name runs once.")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not stream the logs.")] = False,
+) -> None:
+    """Run a command (after --) as a Ray job on a cluster and stream its logs: submit -- sweep digits --storage /shared."""
+    from jobs import submit as job
+
+    job.run(list(context.args), address, submission_id, wait=not no_wait)
+
+
+def main() -> None:
+    """Run the command line; bad input is one sentence and exit code 2, an interrupt 130, failed runs 1."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _stop("interrupted; what is finished is kept, and the same command goes on from there", 130)
+    except Exception as error:
+        from orchestrator.registry import InputError
+
+        if isinstance(error, InputError):
+            _stop(str(error), 2)
+        raise
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"unlearn: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,14 @@
+"""`unlearn export`: Parquet tables from the store."""
+
+from __future__ import annotations
+
+from jobs.progress import console
+from jobs.session import existing_store
+from orchestrator import export, results
+
+
+def run(storage: str) -> None:
+    """Write all tables anew and say where they are."""
+    store = existing_store(storage)
+    export_id = export.export(store)
+    console.print(f"{store.url('exports')}: {', '.join(results.TABLES)} (export {export_id})", highlight=False)

@@ -1,0 +1,66 @@
+"""`unlearn report`: the HTML report and the terminal table of a sweep, from the exported tables."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from analysis import load, report, tables
+from jobs.progress import console
+from jobs.session import existing_store
+from orchestrator import results
+from orchestrator.registry import InputError
+from orchestrator.store import Store
+
+
+def run(storage: str, sweep: str | None, out: Path) -> None:
+    """Print the table of a sweep (the newest, unless one is named) and write its report."""
+    store = existing_store(storage)
+    chosen = newest(store, sweep)
+    if chosen is not None:
+        show(store, chosen)
+    try:
+        write(store, chosen, out)
+    except OSError as error:
+        raise InputError(f"the report cannot be written to {str(out)!r}: {error.strerror}; give --out another file") from None
+    console.print(f"report: {out}", highlight=False)
+
+
+def newest(store: Store, prefix: str | None) -> str | None:
+    """The key of the newest sweep, or of the one that starts with the prefix; None where the store has no sweep."""
+    sweeps = sorted(results.get_sweeps(store), key=lambda sweep: sweep.provenance["created_at"])
+    matching = [sweep.key for sweep in sweeps if sweep.key.startswith(prefix or "")]
+    if prefix and len(matching) != 1:
+        known = ", ".join(f"{sweep.key[:8]} ({sweep.recipe})" for sweep in sweeps)
+        raise InputError(f"sweep {prefix!r} matches {len(matching)} sweeps; allowed: {known or 'none is stored'}")
+    return matching[-1] if matching else None
+
+
+@contextmanager
+def exports(store: Store) -> Iterator[Path]:
+    """The folder of exported tables; a copy where the store is not local."""
+    names = [name for name in results.TABLES if store.exists(f"exports/{name}.parquet")]
+    if not names:
+        raise InputError(f"{store.url('exports')} holds no tables; run `unlearn export --storage {store.root}` first")
+    if store.is_local:
+        yield Path(store.path("exports"))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            (Path(folder) / f"{name}.parquet").write_bytes(store.get(f"exports/{name}.parquet"))
+        yield Path(folder)
+
+
+def show(store: Store, sweep: str) -> None:
+    """Print a sweep's table, one part per forget set."""
+    with exports(store) as folder:
+        for part in tables.render(tables.comparison_table(load.load(folder), sweep)):
+            console.print(part, soft_wrap=False)
+
+
+def write(store: Store, sweep: str | None, out: Path, facts: Mapping[str, str] | None = None) -> Path:
+    """Write the HTML report."""
+    with exports(store) as folder:
+        return report.write(folder, out, sweep, facts)

@@ -1,0 +1,113 @@
+"""What every job starts from: options to a checked study, a data set, a store and a plan, before anything is trained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from orchestrator import plan as planning
+from orchestrator.data import Dataset
+from orchestrator.experiment import Context
+from orchestrator.plan import Plan
+from orchestrator.recipes import RECIPES
+from orchestrator.registry import InputError, Plugin, load_plugin, read_plugin
+from orchestrator.store import Store
+from orchestrator.study import Study, checked, override
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a Ray job
+
+
+@dataclass(frozen=True)
+class Options:
+    """The common options of the command line."""
+
+    recipe: str
+    assignments: Sequence[str]
+    storage: str
+    tracking_uri: str | None = None
+    workers: int | None = None
+    gpus_per_worker: float = 0.0
+    address: str | None = None
+    plugins: Sequence[str] = ()
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study held against a data set and a store."""
+
+    options: Options
+    study: Study
+    dataset: Dataset
+    store: Store
+    plan: Plan
+    context: Context
+
+    def refreshed(self) -> Session:
+        """The same, against what the store holds now."""
+        return replace(self, plan=planning.make(self.study, self.dataset, self.store))
+
+
+def open_store(storage: str) -> Store:
+    """The store at a root that can be written and read, and that outlives the command; InputError otherwise."""
+    if JOB_VARIABLE in os.environ and "://" not in storage and not Path(storage).is_absolute():
+        raise InputError(
+            f"storage is {storage!r}, which ends with the working directory of this Ray job; "
+            "give --storage an absolute path that all nodes share, or s3://bucket/prefix"
+        )
+    store = Store(storage)
+    store.probe()
+    return store
+
+
+def existing_store(storage: str) -> Store:
+    """A store that must be there already, for commands that only read."""
+    store = open_store(storage) if "://" in storage or Path(storage).is_dir() else None
+    if store is None:
+        raise InputError(f"storage root {storage!r} does not exist; give --storage the folder that a sweep wrote to")
+    return store
+
+
+def load_plugins(names: Sequence[str]) -> tuple[Plugin, ...]:
+    """Read and load the user's modules here; workers load them before their first task."""
+    plugins = tuple(read_plugin(name) for name in names)
+    for plugin in plugins:
+        load_plugin(plugin)
+    return plugins
+
+
+def make_study(options: Options) -> Study:
+    """The recipe's study with the overrides applied."""
+    recipe = RECIPES[options.recipe]
+    return override(checked(recipe.function), options.assignments)
+
+
+def open_session(options: Options) -> Session:
+    """Check everything that can be known before training: plugins, recipe, overrides, data, store and its rows."""
+    plugins = load_plugins(options.plugins)
+    study = make_study(options)
+    store = open_store(options.storage)
+    dataset: Dataset = study.data.entry({}, study.data.options)
+    context = Context(store, plugins, study.data.label, git_commit())
+    return Session(options, study, dataset, store, planning.make(study, dataset, store), context)
+
+
+def git_commit() -> str | None:
+    """The commit that this code runs from, `-dirty` if it was edited; None where there is no repository."""
+    given = os.environ.get("UNLEARN_GIT_COMMIT")  # a Ray job's working directory has no .git: the submitter says it
+    if given:
+        return given
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,49 @@
+"""`unlearn status`: what a store holds, and what it cost."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+
+from rich.table import Table
+
+from jobs import work
+from jobs.progress import console
+from jobs.session import Options, existing_store, open_session
+from orchestrator import results
+from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.store import Store
+
+
+def run(options: Options) -> None:
+    """Print sweeps, campaigns, failures and cost; with a recipe, what of it is missing."""
+    if options.recipe:
+        existing_store(options.storage)
+        session = open_session(options)
+        work.print_plan(session)
+        return
+    store = existing_store(options.storage)
+    present = results.row_keys(store)
+    attempts = {name: tries for name, tries in results.get_attempts(store).items()}
+    failed = {name: tries[-1] for name, tries in attempts.items() if name not in present}
+    console.print(_sweeps(store, present, set(failed)))
+    blocks = Counter(name.partition("/")[0] for name in store.names("campaigns"))
+    for campaign, count in blocks.items():
+        console.print(f"campaign {campaign[:8]}: {BLOCK_SIZE * count} subset models", highlight=False)
+    seconds = sum(results.get_row(store, name).provenance["seconds"] for name in present)
+    console.print(f"{len(present)} runs, {seconds:.0f} s of training in them", highlight=False)
+    for name, attempt in failed.items():
+        kind = attempt.provenance.get("kind", "run")
+        console.print(f"[red]failed[/red] {kind} {name[:8]} ({len(attempts[name])} tries): {attempt.error}")
+
+
+def _sweeps(store: Store, present: set[str], failed: set[str]) -> Table:
+    table = Table("sweep", "recipe", "started", "done", "failed", "missing", title=f"sweeps in {store.root}")
+    for sweep in sorted(results.get_sweeps(store), key=lambda s: s.provenance["created_at"]):
+        keys = {member.key for member in sweep.members}
+        started = datetime.datetime.fromtimestamp(sweep.provenance["created_at"]).strftime("%Y-%m-%d %H:%M")
+        missing = len(keys - present - failed)
+        table.add_row(
+            sweep.key[:8], sweep.recipe, started, str(len(keys & present)), str(len(keys & failed)), str(missing)
+        )
+    return table

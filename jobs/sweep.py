@@ -1,0 +1,133 @@
+"""`unlearn sweep`: the waves on the pool, then every missing run as a Tune trial; MLflow alongside, Parquet at the end."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from jobs import work
+from jobs.progress import bars, console
+from jobs.session import Options, Session, open_session
+from orchestrator import export, results, tracking
+from orchestrator.experiment import Outcome, Task
+from orchestrator.plan import Plan
+from orchestrator.pool import Cluster
+from orchestrator.results import Sweep
+from orchestrator.specs import key
+from orchestrator.sweep import run_trials
+
+
+@dataclass(frozen=True)
+class Done:
+    """A sweep that ran to its end, and what it cost."""
+
+    session: Session
+    sweep: Sweep
+    cost: work.Cost
+    uri: str | None
+
+
+def run(options: Options) -> None:
+    """Sweep, export, and print the table."""
+    from jobs.report import show
+
+    session = open_session(options)
+    if options.dry_run:
+        work.print_plan(session)
+        return
+    done = sweep(session)
+    show(session.store, done.sweep.key)
+    work.conclude(done.cost)
+
+
+def sweep(session: Session) -> Done:
+    """Compute what is missing of the session's study; rows reach MLflow as they come, Parquet at the end."""
+    sweep = session.plan.sweep({"command": " ".join(sys.argv), "host": socket.gethostname(), "created_at": time.time()})
+    uri = tracking.tracking_uri(session.store, session.options.tracking_uri)
+    if uri is None and session.options.tracking_uri is None:
+        console.print("no MLflow: an S3 root without --tracking-uri tracks nothing (`unlearn track` can do it later)")
+    arms = {member.key: member.arm for member in sweep.members}
+    wanted = _prepared(session.plan) + session.plan.runs()
+    cost = work.Cost(cached=len(wanted) - len(session.plan.missing(wanted)))
+    with _tracked(session, sweep, uri, cost) as live:
+
+        def stored(keys: list[str]) -> None:
+            if live is not None:
+                for name in keys:
+                    live.put(results.get_row(session.store, name), arms[name])
+
+        present = results.row_keys(session.store)
+        stored([name for name in arms if name in present])
+        results.put_sweep(session.store, sweep)
+        if session.plan.missing(wanted):
+            with work.cluster_of(session) as cluster:
+                _compute(session, cluster, cost, lambda outcome: stored([outcome.key]))
+        else:
+            work.ensure_scores(session)
+    export.export(session.store)
+    return Done(session, sweep, cost, uri)
+
+
+def _prepared(plan: Plan) -> list[Task]:
+    return [
+        *(plan.blocks() if plan.needs_scores else []),
+        *plan.originals(),
+        *plan.references(),
+        *_needed_localizations(plan),
+    ]
+
+
+def _needed_localizations(plan: Plan) -> list[Task]:
+    """The localizations of runs that are missing: a finished run needs none."""
+    names = {t.object_name for t in plan.missing(plan.runs())}
+    needed = {key(s) for _, r in plan.study.runs(plan.fingerprint) if (s := r.localization) and f"rows/{key(r)}.json" in names}
+    return [task for task in plan.localizations() if key(task.spec) in needed]
+
+
+def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callable[[Outcome], None]) -> None:
+    if session.plan.missing(_prepared(session.plan)):
+        work.prepare(session, cluster, _prepared, cost)
+    for outcome in cost.outcomes:
+        if outcome.kind == "run" and not outcome.error:
+            stored(outcome)
+    if cost.failures:
+        return  # the runs depend on what failed
+    if (summary := work.ensure_scores(session)) is not None:
+        work.print_scores(summary)
+    work.print_overlaps(session)
+    runs = session.plan.missing(session.plan.runs())
+    with bars({"runs": len(runs)}) as advance:
+
+        def done(outcome: Outcome) -> None:
+            cost.outcomes.append(outcome)
+            advance("runs", 1)
+            if outcome.error:
+                console.print(f"[red]failed[/red] run {outcome.key[:8]}: {outcome.error}")
+            else:
+                stored(outcome)
+
+        if runs:
+            run_trials(runs, session.dataset, session.context, cluster, done)
+
+
+@contextmanager
+def _tracked(session: Session, sweep: Sweep, uri: str | None, cost: work.Cost) -> Iterator[tracking.LiveTracking | None]:
+    if uri is None:
+        yield None
+        return
+    live = tracking.LiveTracking(tracking.connect(uri, session.store, sweep))
+    status = "KILLED"
+    try:
+        yield live
+        status = "FAILED" if cost.failures else "FINISHED"
+    finally:
+        live.close(status)
+        if live.missed:
+            console.print(
+                f"[yellow]MLflow missed {live.missed} writes[/yellow] ({live.error}); "
+                "`unlearn track` brings it level with the store"
+            )

@@ -1,0 +1,183 @@
+"""The waves on the pool, shared by the jobs: what is missing is computed, shown while it runs, and summed up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import typer
+
+from jobs.progress import bars, console
+from jobs.session import Session
+from orchestrator import plan as planning
+from orchestrator.experiment import Outcome, Task, Workspace, memorization_scores
+from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.plan import ScoresSummary
+from orchestrator.pool import Cluster, Pool, ray_cluster
+
+NAMES = {"block": "subset models", "original": "originals", "run": "references", "localization": "localizations"}
+
+
+@dataclass
+class Cost:
+    """What a command computed, and what it found done."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def models(self) -> int:
+        return sum(outcome.models for outcome in self.outcomes)
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.error]
+
+    def line(self) -> str:
+        trained, cpu = self.models, sum(outcome.cpu_seconds for outcome in self.outcomes)
+        return f"{trained} models trained, {cpu:.0f} CPU seconds, {self.cached} of {self.cached + len(self.outcomes)} tasks from the store"
+
+
+@contextmanager
+def cluster_of(session: Session) -> Iterator[Cluster]:
+    """Ray for this command; SIGTERM (what `ray job stop` sends) becomes an interrupt."""
+    options = session.options
+    with ray_cluster(
+        address=options.address, workers=options.workers, gpus_per_worker=options.gpus_per_worker
+    ) as cluster:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs a handler of its own
+        yield cluster
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan], Sequence[Task]], cost: Cost) -> None:
+    """Perform the missing tasks that do not depend on scores, then the scores, then the rest, on one pool."""
+    plan = session.plan
+    tasks = plan.missing(wanted(plan))
+    device = "cuda" if cluster.gpus_per_worker > 0 else "cpu"
+    early = [task for task in tasks if task.kind in ("block", "original")]
+    late = [[task for task in tasks if task.kind == kind] for kind in ("run", "localization")]
+    bases, built = _by_base(late[1])
+    with Pool(cluster, Workspace, (session.dataset, session.context, device)) as pool:
+        console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s")
+        _perform(pool, early, cost)
+        if any(task.kind == "block" for task in early):
+            _print_utilisation(cost.outcomes, cluster.workers)
+        if late[0] or late[1]:
+            ensure_scores(session)
+            _perform(pool, late[0] + bases, cost)
+            _perform(pool, built, cost)
+
+
+def _by_base(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    bases = [task for task in tasks if getattr(task.spec, "base", None) is None]
+    return bases, [task for task in tasks if task not in bases]
+
+
+def _perform(pool: Pool[Workspace], tasks: Sequence[Task], cost: Cost) -> None:
+    totals = Counter[str]()
+    for task in tasks:
+        totals[NAMES[task.kind]] += _steps(task.kind)
+    with bars(totals) as advance:
+
+        def done(outcome: Outcome) -> None:
+            cost.outcomes.append(outcome)
+            advance(NAMES[outcome.kind], _steps(outcome.kind))
+            if outcome.error:
+                console.print(f"[red]failed[/red] {outcome.kind} {outcome.key[:8]}: {outcome.error}")
+
+        pool.map(Workspace.perform, tasks, done)
+
+
+def _steps(kind: str) -> int:
+    return BLOCK_SIZE if kind == "block" else 1
+
+
+def utilisation(outcomes: Sequence[Outcome], workers: int) -> float:
+    """Share of the campaign's worker-seconds, first block begun to last returned, spent in training and prediction."""
+    blocks = [outcome for outcome in outcomes if outcome.kind == "block"]
+    begin, end = min(o.began for o in blocks), max(o.began + o.seconds for o in blocks)
+    busy = 0.0
+    for outcome in outcomes:
+        inside = min(end, outcome.began + outcome.seconds) - max(begin, outcome.began)
+        busy += outcome.training_seconds * max(0.0, inside) / outcome.seconds
+    return busy / (workers * (end - begin))
+
+
+def _print_utilisation(outcomes: Sequence[Outcome], workers: int) -> None:
+    blocks = [outcome for outcome in outcomes if outcome.kind == "block" and not outcome.error]
+    if blocks:
+        share = utilisation(outcomes, workers)
+        per_model = sum(o.cpu_seconds for o in blocks) / sum(o.models for o in blocks)
+        console.print(
+            f"{sum(o.models for o in blocks)} subset models, {per_model:.2f} CPU s each; "
+            f"{share:.1%} of worker time in training and prediction",
+            highlight=False,
+        )
+
+
+def ensure_scores(session: Session) -> ScoresSummary | None:
+    """The scores that the study's forget sets need, computed from the blocks if they are not in the store."""
+    if not session.plan.needs_scores:
+        return None
+    return planning.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)
+
+
+def print_scores(summary: ScoresSummary) -> None:
+    """What a campaign came to, the quality gate loudly."""
+    hard = "" if summary.hard_in_accuracy is None else f" ({summary.hard_in_accuracy:.3f} where mostly wrong outside it)"
+    halves = "" if summary.split_half is None else f"; split-half rank correlation {summary.split_half:.2f}"
+    console.print(
+        f"scores {summary.scores_key[:8]} from {summary.models} models: accuracy {summary.in_accuracy:.4f} in the "
+        f"subset{hard}, {summary.test_accuracy:.3f} on test{halves}",
+        highlight=False,
+    )
+    if not summary.passes_gate:
+        console.print(
+            "[bold red]The subset models do not fit their subsets[/bold red] (gate: 0.995 overall, 0.97 where mostly "
+            "wrong outside): these scores understate memorization. Train longer (--set training.epochs=...)."
+        )
+
+
+def print_overlaps(session: Session) -> None:
+    """Sizes of the forget sets and what they share."""
+    from orchestrator.experiment import forget_indices
+
+    sets = {}
+    for spec in session.study.forget_specs(session.dataset.fingerprint):
+        scores = None if spec.scores is None else memorization_scores(session.store, spec.scores)
+        sets[spec.rule.name] = forget_indices(session.dataset, spec, scores)
+    sizes = ", ".join(f"{name} {len(indices)}" for name, indices in sets.items())
+    shared = ", ".join(f"{a} and {b} {n}" for a, b, n in planning.overlaps(sets))
+    console.print(f"forget sets: {sizes}" + (f"; in common: {shared}" if shared else ""), highlight=False)
+
+
+def print_plan(session: Session) -> None:
+    """What a dry run says: per wave, what is in the store and what would be computed."""
+    for name, counts in session.plan.counts().items():
+        console.print(f"{name}: {counts['done']} in the store, {counts['missing']} to compute", highlight=False)
+    blocks = session.plan.counts()["subset-model blocks"]["missing"]
+    models = BLOCK_SIZE * blocks + sum(
+        session.plan.counts()[name]["missing"] for name in ("originals", "references", "runs")
+    )
+    console.print(f"models to train: {models}", highlight=False)
+
+
+def conclude(cost: Cost) -> None:
+    """Say what it cost; exit 1 where something failed."""
+    console.print(cost.line(), highlight=False)
+    if cost.failures:
+        console.print(
+            f"[red]{len(cost.failures)} failed[/red]; the first: {cost.failures[0].error}. "
+            "The same command tries them again; `unlearn status` shows all."
+        )
+        raise typer.Exit(1)

@@ -1,0 +1,275 @@
+"""Ray: a map over long-lived actors. Starts and ends Ray, and survives workers that die."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from orchestrator.registry import InputError
+
+S = TypeVar("S")
+A = TypeVar("A")
+R = TypeVar("R")
+
+MAX_TRIES = 3  # workers that one item may lose before it is given up
+_READY_SECONDS = 300
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would ship the repository and resolve it anew on workers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+}
+WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class WorkersDied(RuntimeError):
+    """Items that were given up because every worker that took them died."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """How many workers to use, each one core (and a share of a GPU)."""
+
+    workers: int
+    gpus_per_worker: float
+
+
+@contextlib.contextmanager
+def ray_cluster(
+    *, address: str | None = None, workers: int | None = None, gpus_per_worker: float = 0.0
+) -> Iterator[Cluster]:
+    """Connect to the Ray at `address` (or of the job around us), else start a local one, and leave it at the end.
+
+    `workers` defaults to what the cluster's cores and GPUs allow. Raises InputError where no Ray answers, or where
+    the cluster can hold no worker.
+    """
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    import ray
+
+    target = address or os.environ.get("RAY_ADDRESS")
+    environment = {"env_vars": WORKER_ENVIRONMENT}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "runtime_env": environment}
+    try:
+        if target:
+            ray.init(address=target, **quiet)
+        else:
+            scratch = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets allow about a hundred characters
+            ray.init(
+                num_cpus=workers or os.cpu_count(),
+                include_dashboard=False,
+                _temp_dir=scratch,
+                object_store_memory=_store_bytes(),
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise InputError(
+            f"no Ray cluster at {target or 'this machine'}: {reason}; start one with `ray start --head`, "
+            "or leave --address out to use this machine"
+        ) from None
+    try:
+        yield _size(ray.cluster_resources(), workers, gpus_per_worker)
+    finally:
+        ray.shutdown()
+
+
+def _size(resources: Mapping[str, float], workers: int | None, gpus_per_worker: float) -> Cluster:
+    room = int(resources.get("CPU", 0))
+    if gpus_per_worker > 0:
+        room = min(room, int(resources.get("GPU", 0) / gpus_per_worker + 1e-9))
+    if room < 1:
+        raise InputError(
+            f"the cluster has {resources.get('CPU', 0):g} cores and {resources.get('GPU', 0):g} GPUs; "
+            f"a worker takes 1 core and {gpus_per_worker:g} GPUs: change --gpus-per-worker, or add nodes"
+        )
+    return Cluster(min(workers or room, room), gpus_per_worker)
+
+
+def _store_bytes() -> int:
+    """Shared memory for a local object store: half of what is free, between 80 MB and 2 GB."""
+    free = 2**31
+    with contextlib.suppress(OSError, AttributeError):
+        stat = os.statvfs("/dev/shm")
+        free = stat.f_bavail * stat.f_frsize // 2
+    return max(80 * 2**20, min(2**31, free))
+
+
+class _Worker(Generic[A, R]):
+    """The actor: makes its state once, then answers calls."""
+
+    def __init__(self, setup: Callable[..., S], *inputs: Any) -> None:
+        self._state = setup(*inputs)
+
+    def ready(self) -> None:
+        """Answer once the state is made."""
+
+    def call(self, function: Callable[[Any, A], R], item: A) -> R:
+        return function(self._state, item)
+
+
+@dataclass
+class Usage:
+    """Worker-seconds of a pool: `span` from the first item handed out to the last returned, times its workers."""
+
+    workers: int
+    startup_seconds: float = 0.0
+    span_seconds: float = 0.0
+    deaths: int = 0
+
+    @property
+    def worker_seconds(self) -> float:
+        return self.workers * self.span_seconds
+
+
+@dataclass
+class Pool(Generic[S]):
+    """Long-lived actors that each hold `setup(*inputs)`; a context manager, and a map over their states.
+
+    `inputs` travel once through the object store (numpy arrays live once per node). Each actor has the next item
+    queued while it works on one, so none waits for the driver.
+    """
+
+    cluster: Cluster
+    setup: Callable[..., S]
+    inputs: tuple[Any, ...] = ()
+    usage: Usage = field(init=False)
+    _actors: list[Any] = field(default_factory=list)
+    _references: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.usage = Usage(self.cluster.workers)
+
+    def __enter__(self) -> Self:
+        import ray
+
+        start = time.perf_counter()
+        self._references = [ray.put(value) for value in self.inputs]
+        self._actors = [self._spawn() for _ in range(self.cluster.workers)]
+        try:
+            ray.get([actor.ready.remote() for actor in self._actors], timeout=_READY_SECONDS)
+        except BaseException:
+            self.close()
+            raise
+        self.usage.startup_seconds = time.perf_counter() - start
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the actors, so that nothing holds their cores."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors = []
+
+    def _spawn(self) -> Any:
+        import ray
+
+        actor = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.cluster.gpus_per_worker)
+        return actor.remote(self.setup, *self._references)
+
+    def map(
+        self, function: Callable[[S, A], R], items: Iterable[A], done: Callable[[R], None] | None = None
+    ) -> list[R]:
+        """`[function(state, item) for item in items]`, in order; `done` hears of each result as it comes.
+
+        Items whose worker dies are given to another, at most MAX_TRIES times; then WorkersDied is raised, after all
+        the others are done. An exception of `function` ends the map and is raised as it is.
+        """
+        return _Mapping(self, function, list(items), done).run()
+
+
+class _Mapping(Generic[S, A, R]):
+    """One call of Pool.map: what waits, what runs where, what came back."""
+
+    def __init__(
+        self, pool: Pool[S], function: Callable[[S, A], R], items: list[A], done: Callable[[R], None] | None
+    ) -> None:
+        self.pool, self.items, self.done = pool, items, done
+        self.function = function
+        self.waiting = deque(range(len(items)))
+        self.running: dict[Any, tuple[int, int]] = {}  # call -> (item, actor), in the order handed out
+        self.tries = [0] * len(items)
+        self.results: dict[int, R] = {}
+        self.lost: list[str] = []
+
+    def run(self) -> list[R]:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        start = time.perf_counter()
+        function = ray.put(self.function)
+        for _ in range(2):  # one to work on and one queued, dealt in turn
+            for actor in range(len(self.pool._actors)):
+                self._hand_out(function, actor)
+        while self.running:
+            finished, _ = ray.wait(list(self.running), num_returns=1)
+            item, actor = self.running[finished[0]]
+            try:
+                result = ray.get(finished[0])
+            except RayTaskError as error:
+                raise error.as_instanceof_cause() from None
+            except RayActorError as error:
+                self._replace(actor, error)
+            else:
+                del self.running[finished[0]]
+                self.results[item] = result
+                if self.done is not None:
+                    self.done(result)
+            while self._load(actor) < 2 and self.waiting:
+                self._hand_out(function, actor)
+        self.pool.usage.span_seconds += time.perf_counter() - start
+        if self.lost:
+            raise WorkersDied(f"{len(self.lost)} of {len(self.items)} items were given up: {self.lost[0]}")
+        return [self.results[i] for i in range(len(self.items))]
+
+    def _load(self, actor: int) -> int:
+        return sum(where == actor for _, where in self.running.values())
+
+    def _hand_out(self, function: Any, actor: int) -> None:
+        if self.waiting:
+            item = self.waiting.popleft()
+            call = self.pool._actors[actor].call.remote(function, self.items[item])
+            self.running[call] = (item, actor)
+
+    def _replace(self, actor: int, error: Exception) -> None:
+        """Put a dead actor's items back to the front of the queue, and a new actor in its place.
+
+        Only the item handed out first, the one being worked on, has used up a try: the one behind it is innocent.
+        """
+        calls = [call for call, (_, where) in self.running.items() if where == actor]
+        items = [self.running.pop(call)[0] for call in calls]
+        self.pool.usage.deaths += 1
+        self.tries[items[0]] += 1
+        if self.tries[items[0]] >= MAX_TRIES:
+            reason = str(error).strip().split("\n", 1)[0]
+            self.lost.append(f"{self.items[items.pop(0)]} after {MAX_TRIES} workers died on it ({reason})")
+        self.waiting.extendleft(reversed(items))
+        self.pool._actors[actor] = self.pool._spawn()
+
+
+def ray_map(function: Callable[[A], R], items: Iterable[A], *, cluster: Cluster) -> list[R]:
+    """`list(map(function, items))` over a pool of the cluster's workers."""
+    with Pool(cluster, _function_as_state, (function,)) as pool:
+        return pool.map(_apply, items)
+
+
+def _function_as_state(function: Callable[[A], R]) -> Callable[[A], R]:
+    return function
+
+
+def _apply(function: Callable[[A], R], item: A) -> R:
+    return function(item)
