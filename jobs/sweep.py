@@ -18,7 +18,6 @@ from orchestrator.plan import Plan
 from orchestrator.pool import Cluster
 from orchestrator.results import Sweep
 from orchestrator.specs import key
-from orchestrator.sweep import run_trials
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,8 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
                 stored(outcome)
 
         if runs:
+            from orchestrator.sweep import run_trials  # Tune takes seconds to import
+
             run_trials(runs, session.dataset, session.context, cluster, done)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray import tune
+
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context, Outcome, Task, Workspace
 from orchestrator.pool import Cluster
@@ -35,8 +37,6 @@ def run_trials(
     Needs a Ray that is up and whose cores are free. A trial whose worker dies is tried again by Tune, twice.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    from ray import tune
-
     device = "cuda" if cluster.gpus_per_worker > 0 else "cpu"
     trainable = tune.with_parameters(trial, dataset=dataset, context=context, device=device, tasks=tuple(tasks))
     scratch = tempfile.mkdtemp(prefix="tune-")
@@ -52,7 +52,7 @@ def run_trials(
             storage_path=scratch,
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=2),
-            callbacks=[_make_listener(done)],
+            callbacks=[_Listener(done)],
         ),
     )
     try:
@@ -67,21 +67,21 @@ _workspace: Workspace | None = None  # of this worker process, which Tune reuses
 def trial(config: Mapping[str, Any], dataset: Dataset, context: Context, device: str, tasks: Sequence[Task]) -> None:
     """One trial: perform the task, then report; nothing follows the report."""
     global _workspace
-    from ray import tune
-
     if _workspace is None:
         _workspace = Workspace(dataset, context, device)
     outcome = _workspace.perform(tasks[config["task"]])
     tune.report({"outcome": vars(outcome)})
 
 
-def _make_listener(done: Callable[[Outcome], None]) -> Any:
-    from ray import tune
+class _Listener(tune.Callback):
+    """Hands each reported outcome to the driver's own code."""
 
-    class Listener(tune.Callback):
-        """Hands each reported outcome to the driver's own code."""
+    def __init__(self, done: Callable[[Outcome], None] | None = None) -> None:
+        self._done = done
 
-        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-            done(Outcome(**result["outcome"]))
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_done": None}  # Tune pickles its callbacks beside a state that we never resume from
 
-    return Listener()
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if self._done is not None:
+            self._done(Outcome(**result["outcome"]))

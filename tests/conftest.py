@@ -26,7 +26,7 @@ def splits() -> Splits:
 
 @pytest.fixture(scope="session")
 def fresh() -> Factory:
-    """Makes a small convolutional network with batch norm: 10 output channels, so that h exceeds 1 nowhere but once."""
+    """Makes a small convolutional network with batch norm: 10, 20 and 20 output channels."""
     return factory("small_cnn", {"width": 10}, (1, 6, 6), 3)
 
 
