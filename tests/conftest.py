@@ -1,8 +1,14 @@
 """Fixtures that several modules share. One thread each: sums in another order would be other numbers."""
 
 import os
+from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+os.environ["PYTHONPATH"] = str(ROOT)  # so that Ray's workers find the functions of these modules
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "UNLEARN_STORAGE", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(name, None)
 
 import pytest
 import torch

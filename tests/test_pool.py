@@ -1,0 +1,100 @@
+"""The pool: equal to map, whatever the number of workers, and whatever dies."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.pool import Cluster, Pool, WorkersDied, ray_cluster, ray_map
+from orchestrator.registry import InputError
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with ray_cluster(workers=4) as cluster:
+        yield cluster
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_ray_map_equals_map(cluster: Cluster, workers: int) -> None:
+    numbers = list(range(25))
+    assert ray_map(square, numbers, cluster=Cluster(workers, 0.0)) == list(map(square, numbers))
+
+
+def refuse_seven(number: int) -> int:
+    if number == 7:
+        raise KeyError(number)
+    return number
+
+
+def test_an_exception_of_the_function_comes_out_as_map_would_raise_it(cluster: Cluster) -> None:
+    with pytest.raises(KeyError):
+        list(map(refuse_seven, range(10)))
+    with pytest.raises(KeyError):
+        ray_map(refuse_seven, range(10), cluster=Cluster(2, 0.0))
+
+
+def die_once(state: Path, number: int) -> int:
+    """Kill this worker the first time that anybody works on a multiple of five."""
+    marker = state / str(number)
+    if number % 5 == 0 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), 9)
+    return square(number)
+
+
+def test_killed_workers_are_replaced_and_change_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    with Pool(Cluster(2, 0.0), Path, (str(tmp_path),)) as pool:
+        assert pool.map(die_once, range(12)) == [square(number) for number in range(12)]
+    assert pool.usage.deaths == 3
+
+
+def die_on_three(state: Path, number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), 9)
+    (state / str(number)).touch()
+    return number
+
+
+def test_an_item_that_kills_every_worker_is_given_up_by_name_after_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    with Pool(Cluster(2, 0.0), Path, (str(tmp_path),)) as pool, pytest.raises(WorkersDied, match="3 after 3 workers"):
+        pool.map(die_on_three, range(8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "4", "5", "6", "7"]
+
+
+def test_a_closed_pool_frees_its_cores(cluster: Cluster) -> None:
+    import ray
+
+    with Pool(cluster, Path, (".",)) as pool:
+        pool.map(lambda _, number: number, range(4))
+        assert ray.available_resources().get("CPU", 0) == 0
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU", 0) < cluster.workers:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def thread_settings(_: int) -> tuple[str | None, int]:
+    import torch
+
+    return os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
+
+
+def test_workers_have_one_thread(cluster: Cluster) -> None:
+    assert ray_map(thread_settings, [0], cluster=Cluster(1, 0.0)) == [("1", 1)]
+
+
+def test_a_cluster_that_cannot_hold_a_worker_is_refused(cluster: Cluster) -> None:
+    from orchestrator.pool import _size
+
+    with pytest.raises(InputError, match="0 GPUs"):
+        _size({"CPU": 4}, None, 0.5)
+    assert _size({"CPU": 16, "GPU": 2}, None, 0.25) == Cluster(8, 0.25)
