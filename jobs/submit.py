@@ -13,6 +13,7 @@ import typer
 
 from jobs.progress import console
 from jobs.session import git_commit
+from orchestrator.pool import prepare_ray
 from orchestrator.registry import InputError
 
 _PROJECT = Path(__file__).parent.parent
@@ -22,6 +23,8 @@ _EXCLUDED = [".git", ".venv", "runs", "tests", "analysis/*.png", "*.parquet", "*
 def run(words: list[str], address: str, submission_id: str | None, *, wait: bool) -> None:
     """Submit the words after -- as a job; the exit code is that of its driver."""
     _check(words)
+    prepare_ray()
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -31,7 +34,7 @@ def run(words: list[str], address: str, submission_id: str | None, *, wait: bool
             submission_id=submission_id,
             runtime_env=_runtime_env(),
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InputError(
             f"the job cannot be submitted to {address!r}: {reason}; the address is that of the dashboard, "

@@ -13,7 +13,7 @@ from jobs import work
 from jobs.progress import bars, console
 from jobs.session import Options, Session, open_session
 from orchestrator import export, results, tracking
-from orchestrator.experiment import Outcome, Task
+from orchestrator.experiment import Outcome, Task, Workspace
 from orchestrator.plan import Plan
 from orchestrator.pool import Cluster
 from orchestrator.results import Sweep
@@ -112,7 +112,14 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
         if runs:
             from orchestrator.sweep import run_trials  # Tune takes seconds to import
 
-            run_trials(runs, session.dataset, session.context, cluster, done)
+            run_trials(
+                Workspace.perform,
+                runs,
+                setup=Workspace,
+                inputs=(session.dataset, session.context, work.device_of(cluster)),
+                cluster=cluster,
+                done=done,
+            )
 
 
 @contextmanager

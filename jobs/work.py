@@ -55,6 +55,11 @@ def cluster_of(session: Session) -> Iterator[Cluster]:
         yield cluster
 
 
+def device_of(cluster: Cluster) -> str:
+    """Where the workers train."""
+    return "cuda" if cluster.gpus_per_worker > 0 else "cpu"
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -63,11 +68,10 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     """Perform the missing tasks that do not depend on scores, then the scores, then the rest, on one pool."""
     plan = session.plan
     tasks = plan.missing(wanted(plan))
-    device = "cuda" if cluster.gpus_per_worker > 0 else "cpu"
     early = [task for task in tasks if task.kind in ("block", "original")]
     late = [[task for task in tasks if task.kind == kind] for kind in ("run", "localization")]
     bases, built = _by_base(late[1])
-    with Pool(cluster, Workspace, (session.dataset, session.context, device)) as pool:
+    with Pool(cluster, Workspace, (session.dataset, session.context, device_of(cluster))) as pool:
         console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s")
         _perform(pool, early, cost)
         if any(task.kind == "block" for task in early):

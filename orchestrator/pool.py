@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -52,7 +53,7 @@ def ray_cluster(
     `workers` defaults to what the cluster's cores and GPUs allow. Raises InputError where no Ray answers, or where
     the cluster can hold no worker.
     """
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    prepare_ray()
     import ray
 
     target = address or os.environ.get("RAY_ADDRESS")
@@ -80,6 +81,15 @@ def ray_cluster(
         yield _size(ray.cluster_resources(), workers, gpus_per_worker)
     finally:
         ray.shutdown()
+
+
+def prepare_ray() -> None:
+    """Set Ray's environment, before it is imported; a token at hand is used (clients leave it aside by default)."""
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), "~/.ray/auth_token"]
+    has_token = "RAY_AUTH_TOKEN" in os.environ or any(Path(p).expanduser().is_file() for p in places if p)
+    if has_token and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def _size(resources: Mapping[str, float], workers: int | None, gpus_per_worker: float) -> Cluster:

@@ -115,7 +115,7 @@ def by_hand(model: nn.Module, examples: Examples, training: Training, stream: to
                     slope = gradient.add(parameter, alpha=training.weight_decay)
                     velocity[name] = velocity[name] * training.momentum + slope if name in velocity else slope
                     parameter.add_(velocity[name], alpha=-rate)
-            total += float(loss)
+            total += float(loss.detach())
             step += 1
         losses.append(total / per_epoch)
     return losses
