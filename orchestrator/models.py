@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import torch
@@ -40,28 +41,35 @@ def head_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in model.named_parameters() if linear and name.startswith(prefix))
 
 
-def _block(inputs: int, outputs: int) -> list[nn.Module]:
-    return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+def _block(name: str, inputs: int, outputs: int) -> dict[str, nn.Module]:
+    return {
+        f"conv{name}": nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        f"norm{name}": nn.BatchNorm2d(outputs),
+        f"relu{name}": nn.ReLU(inplace=True),
+    }
+
+
+def _head(pool: nn.Module, inputs: int, num_classes: int) -> dict[str, nn.Module]:
+    return {"global_pool": pool, "flatten": nn.Flatten(), "head": nn.Linear(inputs, num_classes)}
 
 
 @MODELS
 def small_cnn(image_shape: tuple[int, int, int], num_classes: int, *, width: int = 16) -> nn.Module:
     """Three 3x3 convolutions with batch norm and one pooling, for images of about 8x8 (14,458 parameters on digits)."""
-    return nn.Sequential(
-        *_block(image_shape[0], width),
-        *_block(width, 2 * width),
-        nn.MaxPool2d(2),
-        *_block(2 * width, 2 * width),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(2 * width, num_classes),
-    )
+    layers = {
+        **_block("1", image_shape[0], width),
+        **_block("2", width, 2 * width),
+        "pool": nn.MaxPool2d(2),
+        **_block("3", 2 * width, 2 * width),
+        **_head(nn.AdaptiveAvgPool2d(1), 2 * width, num_classes),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_block(width, width), *_block(width, width))
+        self.body = nn.Sequential(OrderedDict({**_block("1", width, width), **_block("2", width, width)}))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.body(x)
@@ -74,17 +82,16 @@ def resnet9(image_shape: tuple[int, int, int], num_classes: int, *, width: int =
 
     `width` channels in the stem, 2, 4 and 8 times as many after it; images of at least 16x16.
     """
-    return nn.Sequential(
-        *_block(image_shape[0], width),
-        *_block(width, 2 * width),
-        nn.MaxPool2d(2),
-        _Residual(2 * width),
-        *_block(2 * width, 4 * width),
-        nn.MaxPool2d(2),
-        *_block(4 * width, 8 * width),
-        nn.MaxPool2d(2),
-        _Residual(8 * width),
-        nn.AdaptiveMaxPool2d(1),
-        nn.Flatten(),
-        nn.Linear(8 * width, num_classes),
-    )
+    layers = {
+        **_block("1", image_shape[0], width),
+        **_block("2", width, 2 * width),
+        "pool2": nn.MaxPool2d(2),
+        "residual2": _Residual(2 * width),
+        **_block("3", 2 * width, 4 * width),
+        "pool3": nn.MaxPool2d(2),
+        **_block("4", 4 * width, 8 * width),
+        "pool4": nn.MaxPool2d(2),
+        "residual4": _Residual(8 * width),
+        **_head(nn.AdaptiveMaxPool2d(1), 8 * width, num_classes),
+    }
+    return nn.Sequential(OrderedDict(layers))

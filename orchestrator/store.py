@@ -89,6 +89,7 @@ class Store:
         name, content = f"probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
 
         def round_trip() -> bytes:
+            self.exists(name)  # where nobody answers, a question gives up sooner than an upload
             self.put(name, content)
             try:
                 return self.get(name)

@@ -72,19 +72,23 @@ class Arm(Spec):
                 raise InputError(f"method {self.method} has no option {name!r}; {suggest(name, entry.options)}")
             coerced[name] = tuple(entry.coerce(name, value) for value in values)
         object.__setattr__(self, "options", coerced)
-        if self.strategy is None and self.budget:
-            raise InputError(f"method {self.method} has a budget but no strategy; set its strategy too")
-        if self.strategy is not None and not self.budget:
-            raise InputError(f"strategy {self.strategy.name} has no budget; set budget to shares in (0, 1]")
-        if self.strategy is not None and "mask" not in entry.inputs:
+        if (self.strategy is not None or self.budget) and "mask" not in entry.inputs:
             raise InputError(f"method {self.method} chooses its own parameters: it takes no strategy or budget")
-        if self.strategy is not None and ("base" in self.strategy.entry.inputs) != (self.base is not None):
-            word = "needs" if self.base is None else "takes no"
-            raise InputError(f"strategy {self.strategy.name} {word} base strategy")
         for budget in self.budget:
             if not 0 < budget <= 1:
                 raise InputError(f"budget is {budget}; allowed: a share of the parameter entries in (0, 1]")
         return self
+
+    def check_whole(self) -> None:
+        """Raise InputError where strategy, base and budget do not go together; they may be set one after another."""
+        if self.strategy is None and self.budget:
+            raise InputError(f"method {self.method} has a budget but no strategy; set its strategy too")
+        if self.strategy is not None and not self.budget:
+            raise InputError(f"strategy {self.strategy.name} has no budget; set budget to shares in (0, 1]")
+        wanted = self.strategy is not None and "base" in self.strategy.entry.inputs
+        if wanted != (self.base is not None):
+            name = f"strategy {self.strategy.name}" if self.strategy is not None else f"method {self.method}"
+            raise InputError(f"{name} {'needs' if wanted else 'takes no'} base strategy")
 
     def methods(self) -> Iterator[Method]:
         """Every combination of the options."""
@@ -93,6 +97,7 @@ class Arm(Spec):
 
     def masks(self) -> Iterator[MaskSpec | None]:
         """Every budget, or None where the arm has no strategy."""
+        self.check_whole()
         if self.strategy is None:
             yield None
             return
@@ -136,9 +141,7 @@ class Study(Spec):
         return Setting(data=fingerprint, model=self.model, training=self.training)
 
     def campaign_spec(self, fingerprint: str) -> CampaignSpec:
-        return CampaignSpec(
-            setting=self.setting(fingerprint), fraction=self.campaign.fraction, seed=self.campaign.seed
-        )
+        return CampaignSpec(setting=self.setting(fingerprint), fraction=self.campaign.fraction, seed=self.campaign.seed)
 
     def scores_spec(self, fingerprint: str) -> ScoresSpec:
         return ScoresSpec(campaign=self.campaign_spec(fingerprint), blocks=self.campaign.blocks)
@@ -213,7 +216,7 @@ def override(study: Study, assignments: Iterable[str]) -> Study:
     """Apply `field=value` texts in turn; see `assign` for what a field may be."""
     changed = reduce(assign, assignments, study)
     for arm in changed.methods.values():
-        _rebuild(arm, "method", arm.method)  # a strategy set before its budget is checked here
+        arm.check_whole()  # not before: a strategy may be set before its budget
     return changed
 
 
@@ -244,9 +247,10 @@ def assign(study: Study, assignment: str) -> Study:
         changes = text
     elif not rest and _arms_with(study, field):
         arms = _arms_with(study, field)
-        field, changes = "methods", {
-            name: _arm(arm, path, text, path) if name in arms else arm for name, arm in study.methods.items()
-        }
+        field, changes = (
+            "methods",
+            {name: _arm(arm, path, text, path) if name in arms else arm for name, arm in study.methods.items()},
+        )
     else:
         raise InputError(f"unknown field {path!r}; {suggest(path, _fields(study))}")
     return _rebuild(study, field, changes)
@@ -314,13 +318,13 @@ def _arm(arm: Arm, field: str, text: str, path: str) -> Arm:
     elif field == "granularity":
         changed = _rebuild(arm, "granularity", text)
     elif field in ("strategy", "base"):
-        changed = checked(
-            lambda: arm.model_copy(update={field: None if text == "none" else Strategy(name=text)})
-        )  # checked as a whole once the budget is there
+        changed = _rebuild(arm, field, None if text == "none" else checked(lambda: Strategy(name=text)))
     elif field in options:
         changed = _rebuild(arm, "options", {**arm.options, field: tuple(text.split(","))})
     else:
-        raise InputError(f"unknown field {path!r}; {suggest(field, [*options, 'strategy', 'base', 'budget', 'granularity'])}")
+        raise InputError(
+            f"unknown field {path!r}; {suggest(field, [*options, 'strategy', 'base', 'budget', 'granularity'])}"
+        )
     return changed
 
 

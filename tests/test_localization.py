@@ -226,8 +226,7 @@ def test_gradient_scores_equal_a_slow_loop(model: nn.Module, splits: Splits, bat
 def test_the_batches_of_a_gradient_matter_only_through_their_sum(model: nn.Module, splits: Splits) -> None:
     """Two batches of six sum two means; one batch of twelve has one mean, half of that."""
     twice, once = (
-        localize("gradient", {"batch_size": size}, model, splits, generator=generator(0), base=None)
-        for size in (6, 12)
+        localize("gradient", {"batch_size": size}, model, splits, generator=generator(0), base=None) for size in (6, 12)
     )
     for name, part in twice.items():
         torch.testing.assert_close(part, 2 * once[name], rtol=1e-3, atol=1e-6)

@@ -157,7 +157,9 @@ def majority(features: np.ndarray, labels: np.ndarray, queries: np.ndarray) -> n
 FEATURES = np.array([0.0, 1.1, 2.3, 2.9, 7.0, 1.6, 3.1, 4.6, 6.4])
 
 
-@pytest.mark.parametrize("learner", [nearest_neighbours(1), nearest_neighbours(3), majority], ids=["1nn", "3nn", "majority"])
+@pytest.mark.parametrize(
+    "learner", [nearest_neighbours(1), nearest_neighbours(3), majority], ids=["1nn", "3nn", "majority"]
+)
 @pytest.mark.parametrize(("first", "second", "tenths"), DRAWABLE)
 def test_the_estimator_is_unbiased_over_every_block_that_can_be_drawn(
     first: int, second: int, tenths: int, learner: Learner
@@ -257,9 +259,7 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("counts", "published"), PUBLISHED)
-def test_intervals_equal_the_published_ones(
-    counts: tuple[int, int, int, int], published: tuple[float, float]
-) -> None:
+def test_intervals_equal_the_published_ones(counts: tuple[int, int, int, int], published: tuple[float, float]) -> None:
     assert single(*counts) == pytest.approx(published, abs=5.1e-5)
 
 

@@ -1,265 +1,326 @@
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.svm import SVC
 
-from orchestrator.data import SplitOutputs
-from orchestrator.metrics import COMPARISONS, METRICS
+from orchestrator.data import SPLITS, Outputs, SplitOutputs
+from orchestrator.metrics import COMPARISONS, METRICS, with_forget_parts
 
-SIZES = {"forget": 30, "retain": 70, "validation": 20, "test": 50}
-
-
-def logits_for(probabilities: list[list[float]]) -> np.ndarray:
-    return np.log(np.array(probabilities)).astype(np.float32)
+SIZES = {"forget": 30, "retain": 60, "validation": 20, "test": 60}
 
 
-def split_of(probabilities: list[list[float]], labels: list[int], true: list[int] | None = None) -> SplitOutputs:
-    given = np.array(labels)
-    return SplitOutputs(logits_for(probabilities), given, given if true is None else np.array(true))
-
-
-def drawn(seed: int, num_classes: int = 4, coarse: bool = False) -> dict[str, SplitOutputs]:
-    """Random outputs; `coarse` ones have few distinct rows, so confidences tie."""
+def random_outputs(seed: int, num_classes: int = 4, coarse: bool = False) -> dict[str, SplitOutputs]:
+    """Outputs whose forget set holds flipped labels; `coarse` ones tie often."""
     rng = np.random.default_rng(seed)
-    outputs = {}
+    splits = {}
     for name, size in SIZES.items():
-        logits = rng.normal(0, 2, (size, num_classes))
-        if coarse:
-            logits = np.round(logits / 3) * 3
-        labels = rng.integers(0, num_classes, size)
-        true = np.where(rng.random(size) < 0.3, (labels + 1) % num_classes, labels)
-        outputs[name] = SplitOutputs(logits.astype(np.float16), labels, true)
-    return outputs
+        labels = np.random.default_rng(size).integers(0, num_classes, size)  # the same for every seed
+        true = np.where(np.arange(size) % 5 == 0, (labels + 1) % num_classes, labels) if name == "forget" else labels
+        logits = rng.normal(0, 2, (size, num_classes)) + 2 * np.eye(num_classes)[labels]
+        logits = (logits > 0) * 1.0 if coarse else logits
+        splits[name] = SplitOutputs(logits.astype(np.float16), labels, true)
+    return splits
 
 
-def metric(name: str, outputs: Mapping[str, SplitOutputs]) -> dict[str, float]:
-    values: dict[str, float] = METRICS[name]({"outputs": outputs}, {})
+def predicting(predictions: list[int], labels: list[int], true: list[int] | None = None) -> SplitOutputs:
+    """Outputs of three classes whose predictions are these."""
+    logits = 4 * np.eye(3, dtype=np.float16)[predictions]
+    return SplitOutputs(logits, np.array(labels), np.array(labels if true is None else true))
+
+
+def confident(confidences: list[float], labels: list[int] | None = None) -> SplitOutputs:
+    """Outputs of two classes that give the given label these probabilities."""
+    given = np.array(labels or [0] * len(confidences))
+    odds = np.log(np.array(confidences) / (1 - np.array(confidences)))
+    logits = np.where(given[:, None] == [0, 1], odds[:, None], 0.0)
+    return SplitOutputs(logits.astype(np.float64), given, given)
+
+
+def value_of(name: str, outputs: Outputs, reference: Outputs | None = None) -> dict[str, float]:
+    """A metric, or a comparison with a reference, called as the project calls it."""
+    values: dict[str, float]
+    if name in METRICS:
+        values = METRICS[name]({"outputs": outputs}, METRICS[name].resolve({}))
+    else:
+        available = {"outputs": outputs, "reference": reference}
+        values = COMPARISONS[name](available, COMPARISONS[name].resolve({}))
     return values
 
 
-def comparison(name: str, outputs: Mapping[str, SplitOutputs], reference: Mapping[str, SplitOutputs]) -> dict[str, float]:
-    values: dict[str, float] = COMPARISONS[name]({"outputs": outputs, "reference": reference}, {})
-    return values
-
-
-# Predictions 0 1 1 2 | given labels 0 1 2 2 | true labels 0 1 2 0
-BY_HAND = split_of(
-    [[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.6, 0.2], [0.25, 0.25, 0.5]], [0, 1, 2, 2], [0, 1, 2, 0]
-)
-RIGHT = split_of([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], [0, 2])
-HALF = split_of([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], [0, 1])
+ALL = [*METRICS, *COMPARISONS]
 
 
 # ---- promises over the registries ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_a_metric_gives_finite_floats_by_split(name: str) -> None:
-    values = metric(name, drawn(0))
-    assert values
-    assert all(type(value) is float and math.isfinite(value) for value in values.values())
-    assert values == metric(name, drawn(0))
-
-
-@pytest.mark.parametrize("name", COMPARISONS)
-def test_a_comparison_gives_finite_floats_by_split(name: str) -> None:
-    values = comparison(name, drawn(0), drawn(1))
-    assert values
-    assert all(type(value) is float and math.isfinite(value) for value in values.values())
-
-
-def spoilt(outputs: dict[str, SplitOutputs], split: str, value: float) -> dict[str, SplitOutputs]:
-    logits = outputs[split].logits.copy()
-    logits[3, 1] = value
-    return outputs | {split: SplitOutputs(logits, outputs[split].labels, outputs[split].true_labels)}
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("split", SIZES)
-@pytest.mark.parametrize("name", METRICS)
-def test_a_logit_that_is_not_finite_is_an_error(name: str, split: str, value: float) -> None:
-    with pytest.raises(ValueError, match=rf"the logits of 1 of {SIZES[split]} examples are NaN or infinite"):
-        metric(name, spoilt(drawn(0), split, value))
+@pytest.mark.parametrize("name", ALL)
+def test_logits_that_are_not_finite_are_an_error(name: str, split: str, bad: float) -> None:
+    good = random_outputs(0)
+
+    def spoiled() -> dict[str, SplitOutputs]:
+        logits = good[split].logits.copy()
+        logits[-1, 2] = bad
+        return good | {split: SplitOutputs(logits, good[split].labels, good[split].true_labels)}
+
+    for pair in (lambda: (spoiled(), good), lambda: (good, spoiled())):
+        with pytest.raises(ValueError, match=r"1 of \d+ examples are NaN or infinite"):
+            value_of(name, *pair())
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
-def test_a_logit_that_is_not_finite_is_an_error_on_either_side(name: str) -> None:
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        comparison(name, spoilt(drawn(0), "forget", math.nan), drawn(1))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        comparison(name, drawn(0), spoilt(drawn(1), "forget", math.nan))
+@pytest.mark.parametrize("name", ALL)
+def test_values_are_finite_floats_of_known_splits(name: str) -> None:
+    for seed in range(3):
+        values = value_of(name, random_outputs(seed), random_outputs(seed + 10))
+        assert values
+        assert all(type(value) is float and np.isfinite(value) for value in values.values())
+        assert set(values) <= {*SPLITS, *with_forget_parts(random_outputs(seed)), "forget_true", "all"}
 
 
-def test_a_split_without_examples_is_an_error() -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_the_order_of_examples_does_not_matter(name: str) -> None:
+    ours, theirs = random_outputs(0), random_outputs(1)
+    orders = {split: np.random.default_rng(3).permutation(size) for split, size in SIZES.items()}
+
+    def shuffled(outputs: Outputs) -> dict[str, SplitOutputs]:
+        return {split: part.take(orders[split]) for split, part in outputs.items()}
+
+    assert value_of(name, shuffled(ours), shuffled(theirs)) == pytest.approx(value_of(name, ours, theirs), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_split_that_a_run_lacks_is_absent(name: str) -> None:
+    ours, theirs = random_outputs(0), random_outputs(1)
+    whole = value_of(name, ours, theirs)
+    for run, reference in ((True, True), (True, False), (False, True)):
+        pair = [dict(ours), dict(theirs)]
+        for outputs, lacks in zip(pair, (run, reference), strict=True):
+            if lacks:
+                del outputs["validation"]
+        expected = {split: value for split, value in whole.items() if split != "validation"}
+        if name in METRICS and not run:
+            expected = whole
+        assert value_of(name, *pair) == expected
+
+
+def test_a_split_without_examples_is_refused() -> None:
     with pytest.raises(ValueError, match="no examples"):
-        drawn(0)["forget"].take(np.zeros(30, dtype=bool))
+        SplitOutputs(np.zeros((0, 3)), np.zeros(0, dtype=int), np.zeros(0, dtype=int))
 
 
 # ---- accuracy and loss ---------------------------------------------------------------------------------------------
 
+BY_HAND = {
+    "forget": predicting([0, 1, 2, 2], labels=[0, 1, 0, 1], true=[0, 1, 2, 1]),  # the third is flipped
+    "retain": predicting([0, 1, 2], labels=[0, 1, 2]),
+    "test": predicting([0, 0, 0, 1, 1], labels=[0, 0, 0, 0, 0]),
+}
+REFERENCE = {
+    "forget": predicting([0, 0, 2, 2], labels=[0, 1, 0, 1], true=[0, 1, 2, 1]),
+    "retain": predicting([0, 2, 2], labels=[0, 1, 2]),
+    "test": predicting([0, 0, 0, 0, 1], labels=[0, 0, 0, 0, 0]),
+}
+
 
 def test_accuracy_by_hand() -> None:
-    assert metric("accuracy", {"forget": BY_HAND, "test": HALF}) == {
-        "forget": 0.75,
-        "forget_true": 0.5,
-        "forget_flipped": 1.0,
-        "forget_unflipped": pytest.approx(2 / 3),
-        "test": 0.5,
-    }
+    assert value_of("accuracy", BY_HAND) == pytest.approx(
+        {
+            "forget": 2 / 4,
+            "retain": 1,
+            "test": 3 / 5,
+            "forget_flipped": 0,
+            "forget_unflipped": 2 / 3,
+            "forget_true": 3 / 4,
+        }
+    )
 
 
-@pytest.mark.parametrize("flipped", [False, True])
-def test_a_forget_set_of_one_kind_has_no_parts(flipped: bool) -> None:
-    forget = SplitOutputs(BY_HAND.logits, BY_HAND.labels, BY_HAND.labels + flipped)
-    assert set(metric("accuracy", {"forget": forget})) == {"forget", "forget_true"}
+def test_forget_parts_are_there_only_where_both_kinds_are() -> None:
+    clean = {"forget": predicting([0], [0]), "test": predicting([0], [0])}
+    flipped = {"forget": predicting([0], [1], [0]), "test": predicting([0], [0])}
+    assert set(value_of("accuracy", clean)) == set(value_of("accuracy", flipped)) == {"forget", "test", "forget_true"}
+    parts = with_forget_parts(BY_HAND)
+    assert parts["forget_flipped"].labels.tolist() == [0]
+    assert parts["forget_flipped"].true_labels.tolist() == [2]
+    assert parts["forget_unflipped"].predictions.tolist() == [0, 1, 2]
 
 
 def test_loss_by_hand() -> None:
-    expected = -(math.log(0.5) + math.log(0.8) + math.log(0.2) + math.log(0.5)) / 4
-    assert metric("loss", {"forget": BY_HAND}) == {"forget": pytest.approx(expected, rel=1e-6)}
+    # logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8
+    logits = np.log(np.array([[1.0, 2.0, 5.0], [1.0, 2.0, 5.0]]))
+    outputs = {"forget": SplitOutputs(logits, np.array([0, 2]), np.array([0, 2]))}
+    assert value_of("loss", outputs) == pytest.approx({"forget": (np.log(8) + np.log(8 / 5)) / 2})
 
 
 def test_accuracy_and_loss_equal_those_of_torch() -> None:
-    outputs = drawn(3)
+    outputs = random_outputs(3)
+    accuracies, losses = value_of("accuracy", outputs), value_of("loss", outputs)
     for name, split in outputs.items():
         logits, labels = torch.tensor(split.logits).double(), torch.tensor(split.labels)
-        assert metric("loss", outputs)[name] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
-        assert metric("accuracy", outputs)[name] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+        assert losses[name] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-9)
+        assert accuracies[name] == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
 
 
 # ---- membership ----------------------------------------------------------------------------------------------------
 
 
-def by_pairs(outputs: Mapping[str, SplitOutputs]) -> float:
-    """Every pair of a forget and a test example, test examples weighted to the forget set's labels; ties count half."""
+def brute_force_auc(outputs: Outputs) -> float:
+    """Weighted share of pairs of a forget and a test example in which the forget example is more confident.
+
+    Each test example weighs as many forget examples as have its label, shared among the test examples of that label.
+    """
     forget, test = outputs["forget"], outputs["test"]
-    ours, theirs = (
-        torch.softmax(torch.tensor(split.logits).double(), dim=1)[range(len(split.labels)), split.labels].numpy()
-        for split in (forget, test)
-    )
+
+    def confidence(split: SplitOutputs, i: int) -> float:
+        odds = np.exp(split.logits[i].astype(float))
+        return float(odds[split.labels[i]] / odds.sum())
+
     won = total = 0.0
     for i, label in enumerate(forget.labels):
         if label not in test.labels:
             continue
         for j, other in enumerate(test.labels):
             weight = (forget.labels == other).sum() / (test.labels == other).sum()
-            won += weight * (1.0 if ours[i] > theirs[j] + 1e-12 else 0.5 if abs(ours[i] - theirs[j]) <= 1e-12 else 0.0)
+            gap = confidence(forget, i) - confidence(test, j)
+            won += weight * (0.5 if abs(gap) < 1e-12 else gap > 0)
             total += weight
     return won / total
 
 
 @pytest.mark.parametrize("coarse", [False, True])
-@pytest.mark.parametrize("seed", range(5))
-def test_membership_auc_equals_counting_pairs(seed: int, coarse: bool) -> None:
-    outputs = drawn(seed, num_classes=3, coarse=coarse)
-    if coarse:
-        ties = np.round(outputs["forget"].confidences, 9)[:, None] == np.round(outputs["test"].confidences, 9)
-        assert ties.mean() > 0.05
-    assert metric("membership_auc", outputs) == {"forget": pytest.approx(by_pairs(outputs), abs=1e-12)}
+@pytest.mark.parametrize("seed", range(3))
+def test_membership_auc_equals_counted_pairs(seed: int, coarse: bool) -> None:
+    outputs = random_outputs(seed, coarse=coarse)
+    assert value_of("membership_auc", outputs) == pytest.approx({"forget": brute_force_auc(outputs)}, abs=1e-9)
+
+
+def test_membership_auc_without_a_class_on_either_side() -> None:
+    outputs = random_outputs(5)
+    for split, missing in (("test", 1), ("forget", 2)):
+        outputs[split] = outputs[split].take(outputs[split].labels != missing)
+    assert value_of("membership_auc", outputs) == pytest.approx({"forget": brute_force_auc(outputs)}, abs=1e-9)
 
 
 def test_membership_auc_by_hand() -> None:
-    # forget: two of class 0 at .9 and .5, one of class 1 at .6; test: class 0 at .5 (weight 2), class 1 at .6 and .7
-    # (weight 1/2 each), class 2 (weight 0). Weights won: 3, .5 + 1 + 0 = ... of 3 each
-    forget = split_of([[0.9, 0.05, 0.05], [0.5, 0.3, 0.2], [0.2, 0.6, 0.2]], [0, 0, 1])
-    test = split_of([[0.5, 0.25, 0.25], [0.2, 0.6, 0.2], [0.1, 0.7, 0.2], [0.001, 0.001, 0.998]], [0, 1, 1, 2])
-    # .9 beats all: 3. .5 ties with the .5 of weight 2: 1. .6 beats it: 2, and ties with the .6: .25. Of 9 in all
-    assert metric("membership_auc", {"forget": forget, "test": test}) == {"forget": pytest.approx((3 + 1 + 2.25) / 9)}
-
-
-def test_forget_labels_that_the_test_set_lacks_take_no_part() -> None:
-    outputs = drawn(1, num_classes=3)
-    test = outputs["test"]
-    without = outputs | {"test": test.take(test.labels != 2)}
-    trimmed = without | {"forget": outputs["forget"].take(outputs["forget"].labels != 2)}
-    assert metric("membership_auc", without) == pytest.approx(metric("membership_auc", trimmed))
-    assert metric("membership_auc", without)["forget"] == pytest.approx(by_pairs(without))
-    disjoint = {
-        "forget": outputs["forget"].take(outputs["forget"].labels == 2),
-        "test": test.take(test.labels != 2),
+    # no weights: 6 pairs, of which .9 wins two and .5 wins one and ties one
+    one_class = {"forget": confident([0.9, 0.5]), "test": confident([0.5, 0.3, 0.95])}
+    assert value_of("membership_auc", one_class) == pytest.approx({"forget": (2 + 1.5) / 6})
+    # labels 0, 0, 0, 1 to be forgotten; test labels 0, 1: the first test example weighs 3, the second 1
+    weighted = {
+        "forget": confident([0.8, 0.8, 0.8, 0.8], [0, 0, 0, 1]),
+        "test": confident([0.6, 0.9], [0, 1]),
     }
-    assert metric("membership_auc", disjoint) == {}, "absent is absent, not 0 and not 0.5"
+    assert value_of("membership_auc", weighted) == pytest.approx({"forget": 3 / 4})
 
 
-def test_the_label_distribution_of_the_test_set_does_not_matter() -> None:
-    """Class 0 is easy and class 1 is hard, alike in and out: unweighted, the mixture alone would give the forget set away."""
-    easy, hard = [0.9, 0.1], [0.6, 0.4]
-    forget = split_of([easy] * 9 + [hard[::-1]], [0] * 9 + [1])
-    test = split_of([easy] * 2 + [hard[::-1]] * 18, [0] * 2 + [1] * 18)
-    assert metric("membership_auc", {"forget": forget, "test": test})["forget"] == pytest.approx(0.5)
+def test_membership_auc_is_absent_where_no_label_is_shared() -> None:
+    outputs = {"forget": confident([0.9, 0.8], [0, 0]), "test": confident([0.5, 0.3], [1, 1])}
+    assert value_of("membership_auc", outputs) == {}
+    assert value_of("membership_auc_difference", outputs, outputs) == {}
 
 
-@pytest.mark.parametrize("name", ["published_svc_confidence", "published_svc_correctness"])
-def test_published_attacks_equal_scikit_learn_by_hand(name: str) -> None:
-    """With as many retain as test examples there is nothing to sample, and the attack can be written out."""
-    outputs = drawn(2)
-    outputs["retain"] = outputs["retain"].take(np.arange(50))
-
-    def feature(split: str) -> np.ndarray:
-        logits = torch.tensor(outputs[split].logits).double()
-        if name.endswith("correctness"):
-            return (logits.numpy().argmax(axis=1) == outputs[split].labels).astype(float)
-        values: np.ndarray = torch.softmax(logits, 1)[range(len(logits)), outputs[split].labels].numpy()
-        return values
-
-    attack = SVC(C=3, gamma="auto", kernel="rbf")
-    attack.fit(np.concatenate([feature("retain"), feature("test")]).reshape(-1, 1), [1] * 50 + [0] * 50)
-    expected = 1 - attack.predict(feature("forget").reshape(-1, 1)).mean()
-    assert metric(name, outputs) == {"forget": pytest.approx(expected)}
+def test_membership_auc_does_not_punish_a_forget_set_of_hard_classes() -> None:
+    """Forget examples like the test examples of their own class are at one half, whatever the other classes are."""
+    hard, easy = [0.1, 0.2, 0.3, 0.4], [0.9, 0.95, 0.85, 0.8]
+    outputs = {"forget": confident(hard, [1] * 4), "test": confident(easy + hard, [0] * 4 + [1] * 4)}
+    assert value_of("membership_auc", outputs) == pytest.approx({"forget": 0.5})
 
 
-@pytest.mark.parametrize("name", ["published_svc_confidence", "published_svc_correctness"])
-@pytest.mark.parametrize(("like", "expected"), [("retain", 0.0), ("test", 1.0)])
-def test_published_attacks_tell_members_from_others(name: str, like: str, expected: float) -> None:
-    right, wrong = split_of([[0.99, 0.01]] * 200, [0] * 200), split_of([[0.01, 0.99]] * 40, [0] * 40)
-    outputs = {"retain": right, "test": wrong}
-    outputs["forget"] = outputs[like].take(np.arange(10))
-    assert metric(name, outputs) == {"forget": expected}
+FEATURES: dict[str, Callable[[SplitOutputs], Any]] = {
+    "published_svc_confidence": lambda s: (
+        np.exp(s.logits.astype(float))[np.arange(len(s.labels)), s.labels] / np.exp(s.logits.astype(float)).sum(axis=1)
+    ),
+    "published_svc_correctness": lambda s: (s.logits.argmax(axis=1) == s.labels).astype(float),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", FEATURES)
+def test_the_published_attacks_are_those_of_scikit_learn(name: str, seed: int) -> None:
+    outputs, feature = random_outputs(seed), FEATURES[name]
+    # as many retain as test examples, so every sample of them is all of them; gamma is one over one feature
+    members, others = feature(outputs["retain"]), feature(outputs["test"])
+    attack = SVC(C=3, gamma=1.0, kernel="rbf").fit(
+        np.concatenate([others, members])[:, None], [0] * len(others) + [1] * len(members)
+    )
+    called = attack.predict(feature(outputs["forget"])[:, None])
+    assert value_of(name, outputs) == pytest.approx({"forget": np.mean(called == 0)})
+
+
+def test_the_published_attacks_by_hand() -> None:
+    """Members are right and sure, others wrong and unsure: three of four forget examples look like others."""
+    outputs = {
+        "forget": confident([0.3, 0.28, 0.33, 0.9]),
+        "retain": confident([0.9, 0.91, 0.92, 0.93] * 5),
+        "test": confident([0.3, 0.31, 0.32] * 2),
+    }
+    for name in FEATURES:
+        assert value_of(name, outputs) == {"forget": 0.75}
+
+
+def test_the_published_attacks_are_trained_on_equally_many_of_both() -> None:
+    """At a tie of shares, the larger side would win every forget example."""
+    half_right = predicting([0, 1] * 10, labels=[0] * 20)
+    outputs = {
+        "forget": predicting([0, 0, 1], labels=[0, 0, 0]),
+        "retain": predicting([0] * 300, labels=[0] * 300),
+        "test": half_right,
+    }
+    # 20 right members and 10 right others, against 10 wrong others: wrong ones are others
+    assert value_of("published_svc_correctness", outputs) == pytest.approx({"forget": 1 / 3})
+    outputs["retain"] = predicting([0, 1, 1, 1] * 100, labels=[0] * 400)
+    # 300 wrong members would drown the 10 wrong others; a sample of 20 leaves right ones to the others
+    assert value_of("published_svc_correctness", outputs) == pytest.approx({"forget": 2 / 3})
 
 
 # ---- comparisons ---------------------------------------------------------------------------------------------------
 
 
-def test_differences_are_reference_minus_run() -> None:
-    run = {"forget": RIGHT, "retain": RIGHT, "test": HALF, "validation": HALF}
-    reference = {"forget": HALF, "retain": RIGHT, "test": RIGHT}
-    gaps = comparison("accuracy_difference", run, reference)
-    assert {name: gaps[name] for name in ("forget", "retain", "test")} == {"forget": -0.5, "retain": 0.0, "test": 0.5}
-    assert "validation" not in gaps, "a split that the reference lacks is absent"
-
-
-def test_tug_of_war_by_hand() -> None:
-    thirds = split_of([[0.6, 0.4]] * 3, [0, 0, 1])  # accuracy 2/3
-    run = {"forget": RIGHT, "retain": RIGHT, "test": HALF}
-    reference = {"forget": HALF, "retain": thirds, "test": RIGHT}
-    # gaps 1/2, 1/3 and 1/2: (1 - 1/2)(1 - 1/3)(1 - 1/2)
-    assert comparison("tug_of_war", run, reference) == {"all": pytest.approx(1 / 6)}
-    assert comparison("tug_of_war", reference, run) == {"all": pytest.approx(1 / 6)}
-    assert comparison("tug_of_war", run, run) == {"all": 1.0}
-
-
-def test_disagreement_by_hand() -> None:
-    # predictions 0 1 1 2 against 0 0 1 1; the last example is the flipped one
-    other = split_of([[0.8, 0.1, 0.1], [0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1]], [0, 1, 2, 2], [0, 1, 2, 0])
-    assert comparison("disagreement", {"forget": BY_HAND}, {"forget": other}) == {
-        "forget": 0.5,
-        "forget_flipped": 1.0,
-        "forget_unflipped": pytest.approx(1 / 3),
-    }
+def test_comparisons_by_hand() -> None:
+    # accuracies of the run .5, 1, .6; of the reference .25, 2/3, .8
+    assert value_of("accuracy_difference", BY_HAND, REFERENCE) == pytest.approx(
+        {
+            "forget": -0.25,
+            "retain": -1 / 3,
+            "test": 0.2,
+            "forget_flipped": 0,
+            "forget_unflipped": -1 / 3,
+            "forget_true": -0.25,
+        }
+    )
+    assert value_of("tug_of_war", BY_HAND, REFERENCE) == pytest.approx({"all": 0.75 * (2 / 3) * 0.8})
+    assert value_of("disagreement", BY_HAND, REFERENCE) == pytest.approx(
+        {"forget": 1 / 4, "retain": 1 / 3, "test": 1 / 5, "forget_flipped": 0, "forget_unflipped": 1 / 3}
+    )
 
 
 def test_disagreement_sees_what_accuracy_does_not() -> None:
     """Equal accuracy on other examples: the gap is zero, the disagreement is not."""
-    run, reference = split_of([[0.9, 0.1]] * 2, [0, 1]), split_of([[0.1, 0.9]] * 2, [0, 1])
-    assert comparison("accuracy_difference", {"forget": run}, {"forget": reference})["forget"] == 0.0
-    assert comparison("disagreement", {"forget": run}, {"forget": reference})["forget"] == 1.0
+    run, reference = {"forget": predicting([0, 0], [0, 1])}, {"forget": predicting([1, 1], [0, 1])}
+    assert value_of("accuracy_difference", run, reference)["forget"] == 0.0
+    assert value_of("disagreement", run, reference) == {"forget": 1.0}
 
 
-def test_membership_auc_is_compared_with_the_references_own() -> None:
-    run, reference = drawn(0), drawn(1)
-    assert comparison("membership_auc_difference", run, reference) == {
-        "forget": pytest.approx(by_pairs(reference) - by_pairs(run))
-    }
+def test_a_run_compared_with_itself() -> None:
+    outputs = random_outputs(0)
+    for name in ("accuracy_difference", "disagreement", "membership_auc_difference"):
+        assert set(value_of(name, outputs, outputs).values()) == {0.0}
+    assert value_of("tug_of_war", outputs, outputs) == {"all": 1.0}
+
+
+def test_differences_are_positive_where_the_run_forgets_more() -> None:
+    forgetful = {**BY_HAND, "forget": predicting([1, 0, 1, 0], labels=[0, 1, 0, 1], true=[0, 1, 2, 1])}
+    assert value_of("accuracy_difference", forgetful, BY_HAND)["forget"] == 0.5
+    shy: Mapping[str, SplitOutputs] = {"forget": confident([0.2, 0.3]), "test": confident([0.4, 0.5])}
+    sure = {"forget": confident([0.8, 0.9]), "test": confident([0.4, 0.5])}
+    assert value_of("membership_auc_difference", shy, sure) == {"forget": 1.0}
+
+
+def test_membership_differences_equal_those_of_counted_pairs() -> None:
+    ours, theirs = random_outputs(1), random_outputs(2)
+    expected = brute_force_auc(theirs) - brute_force_auc(ours)
+    assert value_of("membership_auc_difference", ours, theirs) == pytest.approx({"forget": expected}, abs=1e-9)

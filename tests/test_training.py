@@ -107,9 +107,7 @@ def by_hand(model: nn.Module, examples: Examples, training: Training, stream: to
                 rate = training.learning_rate * ((step + 1) / rising)
             else:
                 angle = math.pi * ((step - rising) / (num_steps - rising - 1))
-                rate = training.learning_rate * (
-                    training.final + (1 - training.final) * 0.5 * (1 + math.cos(angle))
-                )
+                rate = training.learning_rate * (training.final + (1 - training.final) * 0.5 * (1 + math.cos(angle)))
             with torch.no_grad():
                 for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
                     slope = gradient.add(parameter, alpha=training.weight_decay)
@@ -243,9 +241,7 @@ def test_frozen_entries_do_not_feed_back(fresh: Factory, splits: Splits) -> None
 
 
 def test_under_an_empty_mask_nothing_moves(model: nn.Module, splits: Splits) -> None:
-    after = fit(
-        clone(model), splits.train, training=TRAINING, generator=generator(3), mask=mask_of(model, nothing)
-    )
+    after = fit(clone(model), splits.train, training=TRAINING, generator=generator(3), mask=mask_of(model, nothing))
     assert same(model, after)
 
 

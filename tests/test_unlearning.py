@@ -149,7 +149,9 @@ def test_the_given_model_and_examples_are_not_mutated(
     model[4].bias.requires_grad_(False)
     before, modes = clone(model), [module.training for module in model.modules()]
     flags = {parameter: p.requires_grad for parameter, p in model.named_parameters()}
-    examples = [getattr(available[part], field).clone() for part in ("forget", "retain") for field in ("images", "labels")]
+    examples = [
+        getattr(available[part], field).clone() for part in ("forget", "retain") for field in ("images", "labels")
+    ]
     call(name, available)
     assert same(model, before)
     assert {parameter: p.requires_grad for parameter, p in model.named_parameters()} == flags
@@ -301,6 +303,7 @@ def test_random_labels_redraws_only_where_asked(available: dict[str, Any]) -> No
     )
     assert same(once, anew), "the first epoch's labels are drawn alike"
     once, anew = (
-        call("random_labels", seeded(available, 5), **(ONE_STEP | {"epochs": 2}), redraw=redraw) for redraw in (False, True)
+        call("random_labels", seeded(available, 5), **(ONE_STEP | {"epochs": 2}), redraw=redraw)
+        for redraw in (False, True)
     )
     assert not same(once, anew)

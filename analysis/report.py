@@ -1,0 +1,170 @@
+"""The HTML report of one sweep, from exported tables alone; and its figures as files."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import polars as pl
+from matplotlib.figure import Figure
+
+from analysis import figures, tables
+from analysis.load import Tables, load
+from analysis.template import TEMPLATE
+from orchestrator.registry import InputError
+
+_PAIRED = ("forget set", "rate", "budget", "against", "its rate", "pairs", "difference", "95 % interval", "p", "p (Holm)")
+_EXTRA = ("SVC confidence", "SVC correctness", "realised", "effective")
+
+
+def write(exports: Path, out: Path, sweep: str | None = None, facts: Mapping[str, str] | None = None) -> Path:
+    """Write one self-contained HTML file; `sweep` is a key or its first characters (default: the sweep with most runs).
+
+    `facts` are further lines for the head of the report. What is missing from the tables, the report says is missing.
+    """
+    read = load(exports)
+    chosen = _choose(read, sweep)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    Path(out).write_text(environment.from_string(TEMPLATE).render(_content(read, chosen, dict(facts or {}))), encoding="utf-8")
+    return Path(out)
+
+
+def pictures(exports: Path, folder: Path, sweep: str | None = None) -> list[Path]:
+    """Write the figures as PNG files."""
+    read = load(exports)
+    chosen = _choose(read, sweep)
+    made: dict[str, Figure] = {}
+    for number, key in enumerate(_scores_of(read)):
+        made[f"scores-{number}"] = figures.score_distribution(read, key)
+        made[f"gallery-{number}"] = figures.gallery(read, key)
+    if chosen is not None:
+        made["forget-quality"] = figures.forget_quality(read, chosen)
+        made["layers"] = figures.layer_shares(read, chosen)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in made.items():
+        paths.append(Path(folder) / f"{name}.png")
+        figure.savefig(paths[-1])
+    return paths
+
+
+def _choose(read: Tables, prefix: str | None) -> str | None:
+    sizes = read.members.group_by("sweep", "recipe").len().sort("len", "sweep", descending=True)
+    matching = [key for key in sizes["sweep"].to_list() if key.startswith(prefix or "")]
+    if prefix and len(matching) != 1:
+        known = ", ".join(f"{line['sweep'][:8]} ({line['recipe']})" for line in sizes.iter_rows(named=True))
+        raise InputError(f"sweep {prefix!r} matches {len(matching)} sweeps; allowed: {known or 'none is stored'}")
+    return matching[0] if matching else None
+
+
+def _scores_of(read: Tables) -> list[str]:
+    found: list[str] = read.memorization["scores_key"].unique(maintain_order=True).to_list()
+    return found
+
+
+def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str, Any]:
+    runs = pl.DataFrame() if sweep is None else tables.of_sweep(read, sweep)
+    has_runs = sweep is not None and len(runs.filter(pl.col("arm") != "reference")) > 0
+    recipe = read.members.filter(pl.col("sweep") == sweep)["recipe"][0] if sweep else "no sweep"
+    content: dict[str, Any] = {
+        "title": f"Unlearning report: {recipe}",
+        "facts": _facts(runs, sweep) | facts,
+        "notes": _notes(runs),
+        "scores": [_scores(read, key) for key in _scores_of(read)],
+        "failed": len(tables.failed_of_sweep(read, sweep)) if sweep else 0,
+        "export_id": read.export_id,
+        "quality": None,
+        "tables": [],
+        "paired": None,
+        "layers": None,
+    }
+    if has_runs and sweep is not None:
+        content["quality"] = _embed(figures.forget_quality(read, sweep))
+        content["tables"] = _tables(tables.comparison_table(read, sweep))
+        content["paired"] = _paired(tables.paired_table(read, sweep))
+        if runs["budget"].count():
+            content["layers"] = _embed(figures.layer_shares(read, sweep))
+    return content
+
+
+def _facts(runs: pl.DataFrame, sweep: str | None) -> dict[str, str]:
+    if sweep is None or not len(runs):
+        return {}
+    return {
+        "sweep": sweep[:8],
+        "data": ", ".join(runs["data"].unique().to_list()),
+        "model": ", ".join(runs["model"].unique().to_list()),
+        "runs": f"{len(runs)}, of them {len(runs.filter(pl.col('arm') == 'reference'))} references",
+        "code": ", ".join(commit[:12] for commit in runs["git_commit"].drop_nulls().unique().to_list()) or "unknown",
+        "numerics": "; ".join(runs["numerics"].drop_nulls().unique().to_list()),
+    }
+
+
+def _notes(runs: pl.DataFrame) -> list[str]:
+    notes = []
+    if len(runs) and runs["numerics"].drop_nulls().n_unique() > 1:
+        notes.append("These runs were computed under several numerics; equality of repeated runs holds within one only.")
+    if len(runs) and len(runs.filter(pl.col("arm") == "reference")) < 2 * runs["forget_set"].n_unique():
+        notes.append("A forget set has fewer than two references: without their spread there are no intervals or floors.")
+    return notes
+
+
+def _scores(read: Tables, key: str) -> dict[str, Any]:
+    return {
+        "key": key,
+        "summary": tables.score_summary(read, key),
+        "distribution": _embed(figures.score_distribution(read, key)),
+        "gallery": _embed(figures.gallery(read, key)),
+        "num_shown": len(read.examples.filter(pl.col("scores_key") == key)),
+    }
+
+
+def _tables(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    parts = []
+    for (name,), group in frame.group_by("forget_set", maintain_order=True):
+        lines = group.to_dicts()
+        has_parts = lines[0]["forget_flipped_difference"] is not None
+        columns = [*tables.HEADINGS, *(("forget, flipped", "forget, unflipped") if has_parts else ()), *_EXTRA]
+        caption = f"{lines[0]['num_runs']} runs a line against {lines[0]['num_references']} references; points ± half of the 95 % interval."
+        cells = [
+            [
+                *tables.cells(line),
+                *((tables.interval(line, f"forget_{part}") for part in ("flipped", "unflipped")) if has_parts else ()),
+                *(tables.number(line[f"published_svc_{attack}"]) for attack in ("confidence", "correctness")),
+                *(tables.number(line[f"{kind}_budget"], 4) for kind in ("realised", "effective")),
+            ]
+            for line in lines
+        ]
+        parts.append({"name": name, "caption": caption, "columns": columns, "lines": cells})
+    return parts
+
+
+def _paired(frame: pl.DataFrame) -> dict[str, Any] | None:
+    if not len(frame):
+        return None
+    lines = [
+        [
+            line["forget_set"],
+            f"{line['learning_rate']:g}",
+            f"{line['budget']:g}",
+            line["against"],
+            f"{line['against_rate']:g}",
+            line["num_pairs"],
+            f"{line['difference']:+.3f}",
+            f"{line['low']:+.3f} to {line['high']:+.3f}",
+            tables.number(line["p"], 3),
+            tables.number(line["p_holm"], 3),
+        ]
+        for line in frame.to_dicts()
+    ]
+    return {"columns": _PAIRED, "lines": lines, "significant": int((frame["p_holm"] < 0.05).sum())}
+
+
+def _embed(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,366 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.recipes import RECIPES
+from orchestrator.registry import InputError
+from orchestrator.specs import ForgetSet, Strategy, key
+from orchestrator.study import Arm, Campaign, Study, override
+from tests import golden
+
+DATA = "0" * 64
+
+
+@pytest.fixture
+def digits() -> Study:
+    return RECIPES["digits"].function()
+
+
+# ---- recipes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_keeps_its_keys(name: str) -> None:
+    """Where a change is meant: `python -m tests.golden`, and a word in the commit."""
+    pinned = json.loads(Path(golden.FILE).read_text(encoding="utf-8"))
+    assert golden.keys_of(RECIPES[name].function()) == pinned[name]
+
+
+def test_the_pinned_recipes_are_those_that_there_are() -> None:
+    assert set(json.loads(Path(golden.FILE).read_text(encoding="utf-8"))) == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_json_and_says_its_own_name(name: str) -> None:
+    study = RECIPES[name].function()
+    again = Study.model_validate_json(study.model_dump_json())
+    assert again == study
+    assert [key(run) for _, run in again.runs(DATA)] == [key(run) for _, run in study.runs(DATA)]
+    assert study.recipe == name
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_two_runs_of_a_recipe_share_a_key(name: str) -> None:
+    study = RECIPES[name].function()
+    runs = [key(run) for _, run in study.runs(DATA)] + [key(run) for run in study.reference_runs(DATA)]
+    assert len(set(runs)) == len(runs)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_every_control(name: str) -> None:
+    arms = RECIPES[name].function().methods
+    assert {arm.method for arm in arms.values()} >= {"identity", "retrain_short"}
+    controls = {(a.base, a.method) for a in arms.values() if a.strategy and a.strategy.name == "random_within_tensor"}
+    assert (arms["del"].strategy, arms["del"].method) in controls
+    assert RECIPES[name].function().references >= 5
+
+
+def test_the_runs_of_digits_by_hand(digits: Study) -> None:
+    # per forget set and seed. identity and retrain_short: 1 each. del and its control: 2 rates x 5 budgets each.
+    # salun: 2 rates x 5 budgets. finetune, neg_grad_plus and random_labels: 2 rates each
+    expected = {
+        "identity": 1,
+        "retrain_short": 1,
+        "del": 10,
+        "random_within_tensor": 10,
+        "salun": 10,
+        "finetune": 2,
+        "neg_grad_plus": 2,
+        "random_labels": 2,
+    }
+    runs = digits.runs(DATA)
+    names = [name for name, _ in runs]
+    assert {name: names.count(name) for name in names} == {name: 9 * count for name, count in expected.items()}
+    assert len(runs) == 38 * 3 * 3 == 342
+
+
+def test_the_grid_is_the_product_of_the_axes(digits: Study) -> None:
+    changed = override(digits, ["methods=del", "forget_sets=random", "lr=0.1,0.2,0.3", "budget=0.1,0.4", "seeds=4,9"])
+    axes = set()
+    for name, run in changed.runs(DATA):
+        assert name == "del"
+        assert run.mask is not None
+        assert run.original_seed == run.seed
+        axes.add((run.method.options["lr"], run.mask.budget, run.seed))
+    assert len(changed.runs(DATA)) == len(axes) == 12
+    assert axes == {(lr, budget, seed) for lr in (0.1, 0.2, 0.3) for budget in (0.1, 0.4) for seed in (4, 9)}
+
+
+def test_references_have_seeds_of_their_own_number(digits: Study) -> None:
+    changed = override(digits, ["references=7", "seeds=3,100"])
+    references = changed.reference_runs(DATA)
+    assert len(references) == 7 * 3
+    for forget in changed.forget_specs(DATA):
+        assert [run.seed for run in references if run.forget == forget] == list(range(7))
+    assert all(run.is_reference and run.original_seed is None and run.mask is None for run in references)
+
+
+def all_keys(study: Study) -> set[str]:
+    runs = [run for _, run in study.runs(DATA)] + study.reference_runs(DATA)
+    return {key(spec) for spec in [*runs, *study.originals(DATA)]}
+
+
+@pytest.mark.parametrize(
+    "more", ["references=9", "seeds=0,1,2,3", "budget=0.05,0.1,0.2,0.3,0.5,0.7", "lr=0.003,0.01,0.03,0.1"]
+)
+def test_longer_axes_keep_the_keys_there_were(digits: Study, more: str) -> None:
+    first = override(digits, ["lr=0.01,0.1"])
+    assert all_keys(first) < all_keys(override(first, [more]))
+
+
+def test_a_campaign_grows_without_another_key(digits: Study) -> None:
+    grown = override(digits, ["campaign.models=400"])
+    assert key(grown.campaign_spec(DATA)) == key(digits.campaign_spec(DATA))
+    assert key(grown.scores_spec(DATA)) != key(digits.scores_spec(DATA))
+    pairs = list(zip(digits.runs(DATA), grown.runs(DATA), strict=True))
+    for (_, before), (_, after) in pairs:
+        assert (key(before) == key(after)) == (before.forget.rule.name != "most_memorized")
+
+
+def test_only_a_rule_that_asks_for_scores_depends_on_the_campaign(digits: Study) -> None:
+    with_scores = {forget.rule.name for forget in digits.forget_specs(DATA) if forget.scores is not None}
+    assert with_scores == {"most_memorized"}
+
+
+def test_a_draw_is_part_of_drawn_forget_sets_alone(digits: Study) -> None:
+    specs = override(digits, ["forget_draw=3"]).forget_specs(DATA)
+    assert {spec.rule.name: spec.draw for spec in specs} == {"random": 3, "mislabelled": 0, "most_memorized": 0}
+
+
+def test_how_data_is_named_does_not_enter_a_key(digits: Study) -> None:
+    noisier = override(digits, ["data.label_noise=0.2"])
+    assert golden.keys_of(noisier) == golden.keys_of(digits)
+    assert noisier.runs("1" * 64)[0][1] != digits.runs(DATA)[0][1]
+
+
+# ---- overrides -----------------------------------------------------------------------------------------------------
+
+GOOD: list[tuple[list[str], str, Any]] = [
+    ([], "seeds", (0, 1, 2)),
+    (["seeds=5"], "seeds", (5,)),
+    (["seeds=1,0"], "seeds", (1, 0)),
+    (["references=8"], "references", 8),
+    (["forget_draw=2"], "forget_draw", 2),
+    (["data.label_noise=0"], "data.options.label_noise", 0.0),
+    (["model=resnet9"], "model.name", "resnet9"),
+    (["model=resnet9", "model.width=8"], "model.options.width", 8),
+    (["training.epochs=3"], "training.epochs", 3),
+    (["training.precision=bf16"], "training.precision", "bf16"),
+    (["campaign.models=30"], "campaign.blocks", 3),
+    (["campaign.fraction=0.5"], "campaign.fraction", 0.5),
+    (["forget_sets.random.fraction=0.2"], "forget_sets.0.options.fraction", 0.2),
+    (["forget_sets.most_memorized.count=9", "forget_sets=most_memorized"], "forget_sets.0.options.count", 9),
+    (["forget_sets=random", "forget_sets=mislabelled,random"], "forget_sets.0.name", "mislabelled"),
+    (["methods=finetune,identity"], "methods.finetune.options.lr", (0.03, 0.1)),
+    (["methods.del.lr=0.5"], "methods.del.options.lr", (0.5,)),
+    (["methods.del.lr=0.5"], "methods.finetune.options.lr", (0.03, 0.1)),
+    (["methods.del.budget=0.4,1"], "methods.del.budget", (0.4, 1.0)),
+    (["methods.del.budget=0.4"], "methods.salun.budget", (0.05, 0.1, 0.2, 0.3, 0.5)),
+    (["methods.del.granularity=param"], "methods.del.granularity", "param"),
+    (["methods.del.strategy=gradient"], "methods.del.strategy.name", "gradient"),
+    (["methods.salun.redraw=true,false"], "methods.salun.options.redraw", (True, False)),
+    (["lr=0.2"], "methods.neg_grad_plus.options.lr", (0.2,)),
+    (["lr=0.2"], "methods.identity.options", {}),
+    (["budget=0.25"], "methods.salun.budget", (0.25,)),
+    (["budget=0.25"], "methods.finetune.budget", ()),
+    (["epochs=2", "methods.salun.epochs=3"], "methods.salun.options.epochs", (3,)),
+    (["methods.salun.epochs=3", "epochs=2"], "methods.salun.options.epochs", (2,)),
+    (["alpha=0.5,0.9"], "methods.neg_grad_plus.options.alpha", (0.5, 0.9)),
+    (
+        ["methods.finetune.strategy=gradient", "methods.finetune.budget=0.1"],
+        "methods.finetune.strategy.name",
+        "gradient",
+    ),
+    (
+        ["methods.finetune.budget=0.1", "seeds=1", "methods.finetune.strategy=gradient"],
+        "methods.finetune.budget",
+        (0.1,),
+    ),
+    (
+        ["methods.del.strategy=none", "methods.del.budget=0.1", "methods.del.strategy=gradient"],
+        "methods.del.base",
+        None,
+    ),
+    (["methods.del.strategy=random_within_tensor", "methods.del.base=gradient"], "methods.del.base.name", "gradient"),
+    (["methods=reset_and_finetune"], "methods.reset_and_finetune.strategy", None),
+]
+
+
+def at(value: Any, path: str) -> Any:
+    for part in path.split("."):
+        if isinstance(value, tuple):
+            value = value[int(part)]
+        else:
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize(("assignments", "path", "expected"), GOOD)
+def test_an_override_sets_what_it_names(digits: Study, assignments: list[str], path: str, expected: Any) -> None:
+    before = digits.model_dump_json()
+    changed = override(digits, assignments)
+    assert at(changed, path) == expected
+    assert type(at(changed, path)) is type(expected)
+    assert len(changed.runs(DATA)) > 0
+    assert digits.model_dump_json() == before, "a study is never changed in place"
+
+
+BAD: list[tuple[str, str]] = [
+    ("epochs", "--set takes field=value; got 'epochs'"),
+    ("=3", "--set takes field=value; got '=3'"),
+    ("refrences=3", "unknown field 'refrences'; did you mean 'references'?"),
+    ("recipe=mine", "unknown field 'recipe'"),
+    ("references=0", "references is '0'"),
+    ("references=-1", "references is '-1'"),
+    ("references=many", "references is 'many'"),
+    ("references.x=1", "unknown field 'references.x'"),
+    ("forget_draw=1.5", "forget_draw is '1.5'"),
+    ("seeds=", "seeds"),
+    ("seeds=a", "seeds.0 is 'a'"),
+    ("seeds=1,1", "seeds are 1,1; allowed: distinct whole numbers from 0"),
+    ("seeds=-1", "seeds are -1"),
+    ("seeds=1.5", "seeds.0 is '1.5'"),
+    ("data=digit", "unknown data set 'digit'; did you mean 'digits'?"),
+    ("data=image_parquet", "data set image_parquet needs the option train"),
+    ("data.noise=0.1", "data set digits has no option 'noise'; did you mean 'label_noise'?"),
+    ("data.label_noise=much", "option label_noise of data set digits is 'much'; allowed: a finite number"),
+    ("data.label_noise=nan", "option label_noise of data set digits is 'nan'"),
+    ("data.label_noise.x=1", "unknown field 'data.label_noise.x'"),
+    ("model=vgg", "unknown model 'vgg'"),
+    ("model.width=1.5", "option width of model small_cnn is '1.5'; allowed: a whole number"),
+    ("model.depth=3", "model small_cnn has no option 'depth'"),
+    ("training=fast", "unknown field 'training'"),
+    ("training.epoch=3", "unknown field 'training.epoch'; did you mean 'epochs'?"),
+    ("training.epochs=0", "epochs is '0'"),
+    ("training.epochs=2.5", "epochs is '2.5'"),
+    ("training.learning_rate=0", "learning_rate is '0'"),
+    ("training.learning_rate=inf", "learning_rate is 'inf'"),
+    ("training.momentum=1", "momentum is '1'"),
+    ("training.precision=fp8", "precision is 'fp8'"),
+    ("campaign.models=0", "models is '0'"),
+    ("campaign.models=15", "campaign.models is 15; allowed: a multiple of 10"),
+    ("campaign.fraction=0.75", "campaign.fraction is 0.75; allowed: 0.1, 0.2, ... 0.9"),
+    ("campaign.fraction=1", "campaign.fraction is 1"),
+    ("campaign.fraction=nan", "fraction is 'nan'"),
+    ("forget_sets=", "unknown forget set ''"),
+    ("forget_sets=randon", "unknown forget set 'randon'; did you mean 'random'?"),
+    ("forget_sets=random,random", "forget_sets are random,random; allowed: one or more distinct names"),
+    ("forget_sets.randon.fraction=1", "unknown field 'forget_sets.randon.fraction'; did you mean 'random'?"),
+    ("forget_sets.random.share=1", "forget set random has no option 'share'"),
+    ("forget_sets.random.fraction=x", "option fraction of forget set random is 'x'"),
+    ("methods=", "methods is ''"),
+    ("methods=salum", "unknown method 'salum'; did you mean 'salun'?"),
+    ("methods=del,nope", "unknown method 'nope'"),
+    ("methods.sallun.lr=1", "unknown field 'methods.sallun.lr'; did you mean 'salun'?"),
+    ("methods.del=1", "unknown field 'methods.del'"),
+    ("methods.del.epoch=1", "unknown field 'methods.del.epoch'; did you mean 'epochs'?"),
+    ("methods.del.lr=fast", "option lr of method reset_and_finetune is 'fast'"),
+    ("methods.del.lr=", "option lr of method reset_and_finetune is ''"),
+    ("methods.del.lr=0.1,,0.2", "option lr of method reset_and_finetune is ''"),
+    ("methods.del.lr.x=1", "unknown field 'methods.del.lr.x'"),
+    ("methods.del.redraw=true", "unknown field 'methods.del.redraw'"),
+    ("methods.salun.redraw=maybe", "option redraw of method random_labels is 'maybe'; allowed: true or false"),
+    ("methods.del.epochs=2.5", "option epochs of method reset_and_finetune is '2.5'"),
+    ("methods.del.strategy=gradients", "unknown strategy 'gradients'; did you mean 'gradient'?"),
+    ("methods.del.strategy=random_within_tensor", "strategy random_within_tensor needs base strategy"),
+    ("methods.del.base=gradient", "strategy weighted_gradient takes no base strategy"),
+    ("methods.random_within_tensor.base=none", "strategy random_within_tensor needs base strategy"),
+    ("methods.finetune.strategy=gradient", "strategy gradient has no budget; set budget to shares in (0, 1]"),
+    ("methods.finetune.budget=0.1", "method finetune has a budget but no strategy"),
+    ("methods.finetune.base=gradient", "method finetune takes no base strategy"),
+    ("methods.identity.strategy=gradient", "method identity chooses its own parameters"),
+    ("methods.identity.budget=0.1", "method identity chooses its own parameters"),
+    ("methods.del.strategy=none", "method reset_and_finetune has a budget but no strategy"),
+    ("methods.del.granularity=layer", "granularity is 'layer'"),
+    ("lr=fast", "is 'fast'"),
+    ("lr=nan", "is 'nan'"),
+    ("rl=0.1", "unknown field 'rl'"),
+    ("budget=0", "budget is 0.0; allowed: a share of the parameter entries in (0, 1]"),
+    ("budget=-0.1", "budget is -0.1"),
+    ("budget=1.01", "budget is 1.01"),
+    ("budget=0.1,2", "budget is 2.0"),
+    ("budget=nan", "budget.0 is 'nan'"),
+    ("budget=all", "budget.0 is 'all'"),
+    ("budget=", "budget.0 is ''"),
+    ("budget.del=0.1", "unknown field 'budget.del'"),
+]
+
+
+@pytest.mark.parametrize(("assignment", "said"), BAD)
+def test_a_bad_override_is_answered_in_one_sentence(digits: Study, assignment: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        override(digits, [assignment])
+    assert "\n" not in str(caught.value)
+
+
+def listed_fields() -> list[str]:
+    """The fields that the error for an unknown one lists."""
+    with pytest.raises(InputError) as caught:
+        override(RECIPES["digits"].function(), ["nothing_like_it=1"])
+    return str(caught.value).rpartition("allowed: ")[2].split(", ")
+
+
+def test_an_error_lists_fields_of_every_part() -> None:
+    expected = {"budget", "lr", "redraw", "training.epochs", "campaign.models", "data.label_noise", "model.width"}
+    assert expected <= set(listed_fields())
+
+
+@pytest.mark.parametrize("field", listed_fields())
+def test_every_field_that_an_error_lists_is_known(digits: Study, field: str) -> None:
+    with pytest.raises(InputError, match=r"^(?!unknown field)"):
+        override(digits, [f"{field}=no such value"])
+
+
+# ---- arms ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_multiplies_its_options_and_budgets() -> None:
+    arm = Arm(
+        method="reset_and_finetune",
+        options={"lr": (0.1, "0.2"), "epochs": (5,)},
+        strategy=Strategy(name="gradient"),
+        budget=(0.1, 0.5),
+        granularity="param",
+    )
+    assert [(m.options["lr"], m.options["epochs"], m.options["momentum"]) for m in arm.methods()] == [
+        (0.1, 5, 0.9),
+        (0.2, 5, 0.9),
+    ]
+    masks = list(arm.masks())
+    assert [mask.budget for mask in masks if mask] == [0.1, 0.5]
+    assert {mask.granularity for mask in masks if mask} == {"param"}
+    assert list(Arm(method="finetune").masks()) == [None]
+
+
+@pytest.mark.parametrize(
+    ("arm", "said"),
+    [
+        (Arm(method="finetune", budget=(0.1,)), "has a budget but no strategy"),
+        (Arm(method="finetune", strategy=Strategy(name="gradient")), "strategy gradient has no budget"),
+        (Arm(method="finetune", base=Strategy(name="gradient")), "takes no base"),
+        (Arm(method="finetune", strategy=Strategy(name="random_within_tensor"), budget=(0.1,)), "needs base"),
+    ],
+)
+def test_an_arm_that_is_not_whole_has_no_runs(digits: Study, arm: Arm, said: str) -> None:
+    fields = {name: getattr(digits, name) for name in Study.model_fields}
+    study = Study(**fields | {"methods": {"mine": arm}})
+    with pytest.raises(InputError, match=said):
+        study.runs(DATA)
+
+
+def test_a_study_refuses_what_could_not_be_told_apart(digits: Study) -> None:
+    fields = {name: getattr(digits, name) for name in Study.model_fields}
+    rules = (ForgetSet(name="random"), ForgetSet(name="random", options={"fraction": 0.2}))
+    with pytest.raises(ValueError, match="distinct names"):
+        Study(**fields | {"forget_sets": rules})
+    with pytest.raises(ValueError, match="distinct whole numbers"):
+        Study(**fields | {"seeds": (0, 0)})
+
+
+def test_a_campaign_counts_its_blocks() -> None:
+    assert Campaign().blocks == 20
+    with pytest.raises(ValueError, match="multiple of 10"):
+        Campaign(models=25)
