@@ -7,12 +7,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+
 from analysis import load, report, tables
 from jobs.progress import console
 from jobs.session import existing_store
 from orchestrator import results
 from orchestrator.registry import InputError
 from orchestrator.store import Store
+
+
+_TABLE_WIDTH = 124  # columns that the terminal table needs; a narrower terminal wraps its lines
 
 
 def run(storage: str, sweep: str | None, out: Path) -> None:
@@ -56,8 +61,9 @@ def exports(store: Store) -> Iterator[Path]:
 def show(store: Store, sweep: str) -> None:
     """Print a sweep's table, one part per forget set."""
     with exports(store) as folder:
+        wide = Console(width=max(console.width, _TABLE_WIDTH))
         for part in tables.render(tables.comparison_table(load.load(folder), sweep)):
-            console.print(part, soft_wrap=False)
+            wide.print(part)
 
 
 def write(store: Store, sweep: str | None, out: Path, facts: Mapping[str, str] | None = None) -> Path:

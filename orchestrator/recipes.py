@@ -61,7 +61,7 @@ def digits() -> Study:
 
 @RECIPES
 def cifar10_small() -> Study:
-    """5,000 CIFAR-10 images from Parquet (set data.train and data.test), 5 % flipped labels, a ResNet-9 of width 8 on CPU."""
+    """5,000 CIFAR-10 images from Parquet (set data.train and data.test), 5 % flipped labels, ResNet-9 of width 8."""
     sizes = {"num_train": 5000, "num_validation": 1000, "num_test": 2000, "label_noise": 0.05}
     return Study(
         recipe="cifar10_small",
@@ -70,7 +70,7 @@ def cifar10_small() -> Study:
         ),
         model=Model(name="resnet9", options={"width": 8}),
         training=TrainingSpec(
-            learning_rate=0.1, epochs=15, batch_size=128, weight_decay=5e-4, warmup=0.25, final=0.001
+            learning_rate=0.1, epochs=30, batch_size=128, weight_decay=5e-4, warmup=0.25, final=0.001
         ),
         campaign=Campaign(models=40),
         forget_sets=(
@@ -78,5 +78,5 @@ def cifar10_small() -> Study:
             ForgetSet(name="mislabelled"),
             ForgetSet(name="most_memorized", options={"count": 250}),
         ),
-        methods=arms(epochs=4, batch_size=128, budget=(0.1, 0.3)),
+        methods=arms(epochs=6, batch_size=128, budget=(0.1, 0.3)),
     )

@@ -253,7 +253,8 @@ def assign(study: Study, assignment: str) -> Study:
         )
     else:
         raise InputError(f"unknown field {path!r}; {suggest(path, _fields(study))}")
-    return _rebuild(study, field, changes)
+    changed: Study = _rebuild(study, field, changes)
+    return changed
 
 
 def _rebuild(spec: Any, field: str, value: Any) -> Any:

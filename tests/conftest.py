@@ -1,14 +1,9 @@
 """Fixtures that several modules share. One thread each: sums in another order would be other numbers."""
 
+# the environment is set before torch and Ray are imported
+
 import os
 from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
-os.environ["PYTHONPATH"] = str(ROOT)  # so that Ray's workers find the functions of these modules
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "UNLEARN_STORAGE", "MLFLOW_TRACKING_URI"):
-    os.environ.pop(name, None)
 
 import pytest
 import torch
@@ -17,6 +12,13 @@ from torch import nn
 from orchestrator.data import Examples, Splits
 from orchestrator.models import Factory, factory
 from orchestrator.seeds import generator
+
+ROOT = Path(__file__).parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+os.environ["PYTHONPATH"] = str(ROOT)  # so that Ray's workers find the functions of these modules
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "UNLEARN_STORAGE", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(name, None)
 
 torch.set_num_threads(1)
 

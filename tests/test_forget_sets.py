@@ -49,7 +49,7 @@ def test_mislabelled_are_those_whose_labels_differ() -> None:
 
 
 def test_without_flipped_labels_there_is_no_mislabelled_set() -> None:
-    with pytest.raises(InputError, match="set data.label_noise above 0"):
+    with pytest.raises(InputError, match=r"set data\.label_noise above 0"):
         FORGET_SETS["mislabelled"]({"labels": LABELS, "true_labels": LABELS}, {})
 
 

@@ -1,6 +1,7 @@
 import math
 from decimal import Decimal
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_a_mask_holds_exactly_its_budget(name: str, granularity: str, model: nn.
 def test_masks_nest_as_the_budget_grows(name: str, granularity: str, model: nn.Module, splits: Splits) -> None:
     scores = scores_of(name, model, splits)
     masks = [select(scores, budget, granularity, head=head_names(model)) for budget in BUDGETS]
-    for smaller, larger in zip(masks, masks[1:], strict=False):
+    for smaller, larger in pairwise(masks):
         for parts in ("reset", "trainable"):
             inner, outer = getattr(smaller, parts), getattr(larger, parts)
             assert all((inner[part] <= outer[part]).all() for part in inner)

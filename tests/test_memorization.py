@@ -56,7 +56,7 @@ def test_a_block_is_a_function_of_seed_and_number(tenths: int) -> None:
     assert len(subsets) == 60, "two models share a subset, within a block or between blocks"
 
 
-def folds_left_out(num_held_out: int) -> tuple[int, int]:
+def groups_and_folds(num_held_out: int) -> tuple[int, int]:
     groups = math.gcd(num_held_out, BLOCK_SIZE)
     return groups, BLOCK_SIZE // groups
 
@@ -73,7 +73,7 @@ DRAWABLE = [(4, 4, 7), (5, 4, 7), (4, 4, 5), (4, 3, 6), (5, 3, 8), (3, 3, 9), (4
 @pytest.mark.parametrize(("first", "second", "tenths"), DRAWABLE)
 def test_every_subset_with_a_models_class_counts_is_equally_likely(first: int, second: int, tenths: int) -> None:
     labels = np.repeat([0, 1], [first, second])
-    groups, folds = folds_left_out(10 - tenths)
+    groups, folds = groups_and_folds(10 - tenths)
     drawn: list[Counter[bytes]] = [Counter() for _ in range(folds)]
     for order in enumerated_orders(labels):
         membership = deal(np.stack([order] * groups), 10 - tenths)
@@ -174,7 +174,7 @@ def test_the_estimator_is_unbiased_over_every_block_that_can_be_drawn(
             learned[name] = learner(features[members], labels[members], features) == labels
         return learned[name]
 
-    groups, folds = folds_left_out(10 - tenths)
+    groups, _ = groups_and_folds(10 - tenths)
     orders = enumerated_orders(labels)
     rng = np.random.default_rng(0)
     # every sub-block meets every order once; how orders are combined over sub-blocks cannot change a mean

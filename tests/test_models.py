@@ -57,6 +57,14 @@ def test_the_head_of_a_model_without_or_with_nothing_but_a_linear_layer() -> Non
     assert head_names(nn.Linear(3, 2)) == {"weight", "bias"}
 
 
+def test_the_head_is_the_last_of_several_linear_layers() -> None:
+    layers = [nn.Linear(4, 4) for _ in range(11)]
+    assert head_names(nn.Sequential(*layers)) == {"10.weight", "10.bias"}
+    # "1" is a prefix of "10", which is no linear layer
+    behind = [nn.BatchNorm1d(4) for _ in range(9)]
+    assert head_names(nn.Sequential(*layers[:2], *behind)) == {"1.weight", "1.bias"}
+
+
 def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 

@@ -16,8 +16,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from orchestrator.registry import InputError
 from orchestrator.store import TEMPORARY, Store
 
-pytest.importorskip("moto", reason="moto[server] is not installed, so there is no S3 to talk to")
-
 
 def free_port() -> int:
     with closing(socket.socket()) as probe:
@@ -44,6 +42,7 @@ def create_bucket(endpoint: str) -> None:
 @pytest.fixture(scope="module")
 def endpoint(credentials: None) -> Iterator[str]:
     """The URL of an S3 server in a process of its own, with one bucket."""
+    pytest.importorskip("moto", reason="moto[server] is not installed, so there is no S3 to talk to")
     port = free_port()
     command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
