@@ -273,3 +273,20 @@ def test_explain_names_the_fields_that_differ(finished: Path) -> None:
     arm = [r for r in runs if r["method"] == "finetune" and r["forget_set"] == "random" and r["seed"] == 0]
     explained = run("explain", arm[0]["key"], arm[1]["key"], "--storage", str(finished))
     assert explained.stdout.strip() in ("method.options.lr: 0.03 and 0.1", "method.options.lr: 0.1 and 0.03")
+
+
+def test_the_method_that_the_readme_shows_runs_as_shown(tmp_path: Path) -> None:
+    blocks = (ROOT / "README.md").read_text().split("```")
+    code = next(block for block in blocks if block.startswith("python\n# shrink.py"))
+    plugin, store = tmp_path / "shrink.py", tmp_path / "store"
+    plugin.write_text(code.removeprefix("python\n"))
+    few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=shrink"]
+    few += ["methods.shrink.strategy=weighted_gradient", "methods.shrink.budget=0.1,0.3", "methods.shrink.factor=0.5,0.8"]
+    words = ["sweep", "digits", "--plugin", str(plugin), "--storage", str(store), "--tracking-uri", "none"]
+    done = run(*words, *[word for assignment in few for word in ("--set", assignment)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = pq.read_table(store / "exports" / "runs.parquet").to_pylist()
+    assert sorted(r["options"] for r in runs if r["method"] == "shrink") == sorted(
+        f'{{"batch_size":64,"epochs":5,"factor":{factor},"lr":0.03}}' for factor in (0.5, 0.5, 0.8, 0.8)
+    )
+    assert all(r["steps_ratio"] > 0 for r in runs if r["method"] == "shrink")
