@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -29,7 +30,7 @@ mpl.rcParams.update(
     }
 )
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-_LINES = ("-", "--", ":", "-.")
+_LINES: tuple[Literal["-", "--", ":", "-."], ...] = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
 
 
@@ -42,7 +43,8 @@ def score_distribution(tables: Tables, scores_key: str) -> Figure:
         parts.append((scores.filter(flipped), "label was flipped", _COLOURS[1]))
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes = figure.subplots()
-    bins = np.linspace(min(-0.1, scores["score"].min()), 1.0, 45)
+    lowest = float(scores["score"].to_numpy().min())
+    bins = np.linspace(min(-0.1, lowest), 1.0, 45).tolist()
     counts = [part["score"].to_numpy() for part, _, _ in parts]
     labels = [f"{label} (n = {len(part)})" for part, label, _ in parts]
     axes.hist(counts, bins=bins, stacked=True, label=labels, color=[colour for _, _, colour in parts])
@@ -93,19 +95,25 @@ def forget_quality(tables: Tables, sweep: str) -> Figure:
     for column, forget_set in enumerate(forget_sets):
         part = frame.filter(pl.col("forget_set") == forget_set)
         half = _reference_band(tables, sweep, forget_set)
-        grid[0, column].set_title(f"{forget_set} (n = {part['num_runs'][0]} runs, {part['num_references'][0]} references)")
+        grid[0, column].set_title(
+            f"{forget_set} (n = {part['num_runs'][0]} runs, {part['num_references'][0]} references)"
+        )
         grid[0, column].axhspan(-half, half, color="0.85", zorder=0, label="a new reference, 95 %")
         grid[0, column].axhline(0, color="0.4", linewidth=0.8)
         if part["tug_of_war_floor"][0] is not None:
-            grid[1, column].axhline(part["tug_of_war_floor"][0], color="0.4", linewidth=0.8, label="references themselves")
+            grid[1, column].axhline(
+                part["tug_of_war_floor"][0], color="0.4", linewidth=0.8, label="references themselves"
+            )
         for row, value in enumerate(("forget_difference", "tug_of_war")):
             _curves(grid[row, column], part, arms, value)
         grid[1, column].set_xlabel("budget (share of entries reset)")
         low, high = grid[0, column].get_ylim()
         grid[0, column].set_ylim(max(low, -105), min(high, 105))  # intervals of three seeds can leave what is possible
-    grid[0, 0].set_ylabel("reference − run, forget accuracy (points)")
+    grid[0, 0].set_ylabel("reference - run, forget accuracy (points)")
     grid[1, 0].set_ylabel("tug-of-war (1 is best)")
-    handles = {label: handle for axes in grid.ravel() for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle for axes in grid.ravel() for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
     return figure
 
@@ -137,11 +145,19 @@ def _curves(axes: Axes, part: pl.DataFrame, arms: Sequence[str], value: str) -> 
             errors = None
             if value == "forget_difference" and all(line["forget_low"] is not None for line in lines):
                 errors = [(line["forget_high"] - line["forget_low"]) / 2 for line in lines]
-            style = {"linestyle": _LINES[index % 4] if masked else "none", "marker": _MARKERS[index % 4]}
             axes.errorbar(
-                xs, [line[value] for line in lines], errors, color=_COLOURS[number % len(_COLOURS)],
-                label=label, markersize=3.5, linewidth=1.2, elinewidth=0.6, capsize=1.5, **style,
-            )  # fmt: skip
+                xs,
+                [line[value] for line in lines],
+                errors,
+                color=_COLOURS[number % len(_COLOURS)],
+                label=label,
+                linestyle=_LINES[index % 4] if masked else "none",
+                marker=_MARKERS[index % 4],
+                markersize=3.5,
+                linewidth=1.2,
+                elinewidth=0.6,
+                capsize=1.5,
+            )
     ticks = [*places.values(), *([aside + 0.6] if part["budget"].null_count() else [])]
     axes.set_xticks(ticks, [*(f"{b:g}" for b in budgets), *(["no mask"] if part["budget"].null_count() else [])])
 
@@ -157,10 +173,14 @@ def layer_shares(tables: Tables, sweep: str) -> Figure:
     shares: defaultdict[tuple[str, float, str], list[float]] = defaultdict(list)
     grouped = layers.with_columns(module=pl.col("parameter").str.replace(r"\.[^.]*$", ""))
     for (arm, budget, module), part in grouped.group_by("arm", "budget", "module"):
-        shares[str(arm), float(str(budget)), str(module)].append(part["reset"].sum() / part["entries"].sum())
+        shares[str(arm), float(str(budget)), str(module)].append(
+            float(part["reset"].sum()) / float(part["entries"].sum())
+        )
     figure = Figure(figsize=(2.9 * len(arms) + 1.5, 0.36 * len(modules) + 1.6), layout="constrained")
     grid = figure.subplots(1, max(1, len(arms)), squeeze=False, sharey=True)[0]
-    sizes = {str(module): part["entries"].sum() // part["key"].n_unique() for (module,), part in grouped.group_by("module")}
+    sizes = {
+        str(module): part["entries"].sum() // part["key"].n_unique() for (module,), part in grouped.group_by("module")
+    }
     for axes, arm in zip(grid, arms, strict=False):
         values = np.array([[np.mean(shares.get((arm, b, m), [np.nan])) for b in budgets] for m in modules])
         image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")

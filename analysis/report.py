@@ -14,10 +14,21 @@ from matplotlib.figure import Figure
 
 from analysis import figures, tables
 from analysis.load import Tables, load
-from analysis.template import TEMPLATE
 from orchestrator.registry import InputError
 
-_PAIRED = ("forget set", "rate", "budget", "against", "its rate", "pairs", "difference", "95 % interval", "p", "p (Holm)")
+_PAIRED = (
+    "forget set",
+    "rate",
+    "budget",
+    "against",
+    "its rate",
+    "pairs",
+    "difference",
+    "95 % interval",
+    "p",
+    "p (Holm)",
+)
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
 _EXTRA = ("SVC confidence", "SVC correctness", "realised", "effective")
 
 
@@ -29,7 +40,12 @@ def write(exports: Path, out: Path, sweep: str | None = None, facts: Mapping[str
     read = load(exports)
     chosen = _choose(read, sweep)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    Path(out).write_text(environment.from_string(TEMPLATE).render(_content(read, chosen, dict(facts or {}))), encoding="utf-8")
+    Path(out).write_text(
+        environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+            _content(read, chosen, dict(facts or {}))
+        ),
+        encoding="utf-8",
+    )
     return Path(out)
 
 
@@ -107,9 +123,13 @@ def _facts(runs: pl.DataFrame, sweep: str | None) -> dict[str, str]:
 def _notes(runs: pl.DataFrame) -> list[str]:
     notes = []
     if len(runs) and runs["numerics"].drop_nulls().n_unique() > 1:
-        notes.append("These runs were computed under several numerics; equality of repeated runs holds within one only.")
+        notes.append(
+            "These runs were computed under several numerics; equality of repeated runs holds within one only."
+        )
     if len(runs) and len(runs.filter(pl.col("arm") == "reference")) < 2 * runs["forget_set"].n_unique():
-        notes.append("A forget set has fewer than two references: without their spread there are no intervals or floors.")
+        notes.append(
+            "A forget set has fewer than two references: without their spread there are no intervals or floors."
+        )
     return notes
 
 
@@ -129,7 +149,8 @@ def _tables(frame: pl.DataFrame) -> list[dict[str, Any]]:
         lines = group.to_dicts()
         has_parts = lines[0]["forget_flipped_difference"] is not None
         columns = [*tables.HEADINGS, *(("forget, flipped", "forget, unflipped") if has_parts else ()), *_EXTRA]
-        caption = f"{lines[0]['num_runs']} runs a line against {lines[0]['num_references']} references; points ± half of the 95 % interval."
+        runs, references = lines[0]["num_runs"], lines[0]["num_references"]
+        caption = f"{runs} runs a line against {references} references; points ± half of the 95 % interval."
         cells = [
             [
                 *tables.cells(line),

@@ -41,7 +41,9 @@ def difference(references: Sequence[float], runs: Sequence[float]) -> Difference
     standard_error = math.sqrt(sum(parts))
     if standard_error == 0:
         return Difference(value, 0.0, value, value)
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (references, runs), strict=True))
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(side) - 1) for part, side in zip(parts, (references, runs), strict=True)
+    )
     half = float(stats.t.ppf(0.975, freedom)) * standard_error
     return Difference(value, standard_error, value - half, value + half)
 
@@ -83,7 +85,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
-    """One line per forget set, arm, learning rate and budget of a sweep, held against the references of that forget set.
+    """One line per forget set, arm, learning rate and budget of a sweep, against the references of that set.
 
     Columns: num_runs, num_references; for forget, retain and test accuracy (and the flipped and unflipped parts of a
     forget set that has both) `<split>_difference`, `_standard_error`, `_low`, `_high` in percentage points;
@@ -140,13 +142,15 @@ def paired_table(tables: Tables, sweep: str) -> pl.DataFrame:
     """DEL against its control and against the short retraining, in tug-of-war, paired on original seed and forget draw.
 
     One line per forget set, learning rate and budget of `del` and per rival that was run: `random_within_tensor` at the
-    same rate and budget, `retrain_short` at each of its rates. Positive: DEL is closer to the references. t-interval over
-    pairs; `p` two-sided, `p_holm` adjusted within the table. Empty where DEL or every rival is missing.
+    same rate and budget, `retrain_short` at each of its rates. Positive: DEL is closer to the references. t-interval
+    over pairs; `p` two-sided, `p_holm` adjusted within the table. Empty where DEL or every rival is missing.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
     references = _references(runs)
     by_seed = {
-        (*setting[:4], setting[4]): values.pairs(group["key"].to_list(), references.get(str(setting[0]), []), "tug_of_war", "all")
+        (*setting[:4], setting[4]): values.pairs(
+            group["key"].to_list(), references.get(str(setting[0]), []), "tug_of_war", "all"
+        )
         for setting, group in runs.with_columns(pair=pl.coalesce("original_seed", "seed"))
         .filter(pl.col("arm") != "reference")
         .group_by(*SETTING, "pair", "forget_draw", maintain_order=True)
@@ -157,7 +161,11 @@ def paired_table(tables: Tables, sweep: str) -> pl.DataFrame:
         if arm != "del":
             continue
         rivals = [("random_within_tensor", rate, budget)]
-        rivals += [("retrain_short", r, b) for f, a, r, b in dict.fromkeys(n[:4] for n in by_seed) if (f, a) == (forget_set, "retrain_short")]
+        rivals += [
+            ("retrain_short", r, b)
+            for f, a, r, b in dict.fromkeys(n[:4] for n in by_seed)
+            if (f, a) == (forget_set, "retrain_short")
+        ]
         for rival in rivals:
             pairs = [
                 np.mean(by_seed[forget_set, arm, rate, budget, seed]) - np.mean(by_seed[(forget_set, *rival, seed)])
@@ -165,10 +173,18 @@ def paired_table(tables: Tables, sweep: str) -> pl.DataFrame:
                 if by_seed.get((forget_set, arm, rate, budget, seed)) and by_seed.get((forget_set, *rival, seed))
             ]
             if len(pairs) >= 2:
-                named = {"forget_set": forget_set, "learning_rate": rate, "budget": budget, "against": rival[0], "against_rate": rival[1]}
+                named = {
+                    "forget_set": forget_set,
+                    "learning_rate": rate,
+                    "budget": budget,
+                    "against": rival[0],
+                    "against_rate": rival[1],
+                }
                 lines.append(named | _paired_line(np.array(pairs)))
     adjusted = holm([line["p"] for line in lines])
-    return pl.DataFrame([line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)], infer_schema_length=None)
+    return pl.DataFrame(
+        [line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)], infer_schema_length=None
+    )
 
 
 def _paired_line(pairs: np.ndarray) -> dict[str, float]:
@@ -274,7 +290,7 @@ def render(frame: pl.DataFrame) -> list[Table]:
         lines = group.to_dicts()
         table = Table(
             title=f"\n{forget_set}: reference - run in points ± half of the 95 % interval; "
-            f"{lines[0]['num_references']} references, {lines[0]['num_runs']} runs a line, conditional on the forget draw",
+            f"{lines[0]['num_references']} references, {lines[0]['num_runs']} runs a line, given the forget draw",
             title_justify="left",
             title_style="bold",
             padding=(0, 1, 0, 0),

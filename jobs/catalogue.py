@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -14,10 +15,10 @@ from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import COMPARISONS, METRICS
 from orchestrator.models import MODELS
 from orchestrator.recipes import RECIPES
-from orchestrator.registry import Entry, InputError, suggest
+from orchestrator.registry import Entry, InputError, Registry, suggest
 from orchestrator.unlearning import METHODS
 
-REGISTRIES = {
+REGISTRIES: dict[str, Registry[Any]] = {
     "recipes": RECIPES,
     "methods": METHODS,
     "strategies": STRATEGIES,
@@ -41,5 +42,5 @@ def run(what: str | None, plugins: Sequence[str]) -> None:
         console.print(table)
 
 
-def _options(entry: Entry) -> str:
+def _options(entry: Entry[Any]) -> str:
     return ", ".join(o.name if o.is_required else f"{o.name}={o.default}" for o in entry.options.values())

@@ -19,7 +19,9 @@ app = typer.Typer(
 Recipe = Annotated[str, typer.Argument(help="Name of a recipe; `unlearn list recipes` shows them.", show_default=False)]
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a field, an option or an axis (axis=v1,v2); repeatable."),
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Override a field, an option or an axis (axis=v1,v2); repeatable."
+    ),
 ]
 Storage = Annotated[
     str,
@@ -27,16 +29,22 @@ Storage = Annotated[
 ]
 TrackingUri = Annotated[
     str | None,
-    typer.Option(help="MLflow to write to; `none` for none. Default: MLFLOW_TRACKING_URI, else SQLite in a local root."),
+    typer.Option(
+        help="MLflow to write to; `none` for none. Default: MLFLOW_TRACKING_URI, else SQLite in a local root."
+    ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Workers, one core each. Default: as many as there are cores.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Workers, one core each. Default: as many as there are cores.")
+]
 GpusPerWorker = Annotated[float, typer.Option(min=0, help="Share of a GPU that each worker takes; 0 trains on CPUs.")]
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster to use. Default: RAY_ADDRESS, else a Ray of our own on this machine.")
 ]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option("--plugin", metavar="FILE.py|MODULE", help="Module with functions of your own to register; repeatable."),
+    typer.Option(
+        "--plugin", metavar="FILE.py|MODULE", help="Module with functions of your own to register; repeatable."
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run and what is cached, and stop.")]
 
@@ -73,7 +81,9 @@ def memorize(
     from jobs import memorize as job
     from jobs.session import Options
 
-    job.run(Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run))
+    job.run(
+        Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run)
+    )
 
 
 @app.command()
@@ -91,7 +101,9 @@ def references(
     from jobs import references as job
     from jobs.session import Options
 
-    job.run(Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run))
+    job.run(
+        Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run)
+    )
 
 
 @app.command()
@@ -111,7 +123,9 @@ def sweep(
     from jobs.session import Options
 
     job.run(
-        Options(recipe, assignments or (), storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run)
+        Options(
+            recipe, assignments or (), storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run
+        )
     )
 
 
@@ -160,7 +174,9 @@ def export(storage: Storage = DEFAULT_STORAGE) -> None:
 @app.command()
 def report(
     storage: Storage = DEFAULT_STORAGE,
-    sweep: Annotated[str | None, typer.Option(help="Key of a sweep, or its first characters. Default: the newest.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Key of a sweep, or its first characters. Default: the newest.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write the HTML report of a sweep, and print its table, from the exported tables."""
@@ -171,7 +187,9 @@ def report(
 
 @app.command("list")
 def catalogue(
-    what: Annotated[str | None, typer.Argument(help="recipes, methods, strategies, datasets, ...; default: all.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="recipes, methods, strategies, datasets, ...; default: all.")
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """List recipes, methods, strategies, data sets, models, forget sets and metrics, with their options."""
@@ -187,7 +205,7 @@ def submit(
     submission_id: Annotated[str | None, typer.Option(help="Name of the job; a name runs once.")] = None,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not stream the logs.")] = False,
 ) -> None:
-    """Run a command (after --) as a Ray job on a cluster and stream its logs: submit -- sweep digits --storage /shared."""
+    """Run a command (after --) as a Ray job on a cluster, logs streamed: submit -- sweep digits --storage /shared."""
     from jobs import submit as job
 
     job.run(list(context.args), address, submission_id, wait=not no_wait)

@@ -36,6 +36,9 @@ def run(options: Options) -> None:
     console.print(f"report written to {out}; the demo took {seconds:.0f} s", highlight=False)
     console.print("next:", highlight=False)
     if done.uri is not None:
-        console.print(f"  mlflow ui --backend-store-uri {done.uri}" if "sqlite" in done.uri else f"  open {done.uri}", highlight=False)
+        console.print(
+            f"  mlflow ui --backend-store-uri {done.uri}" if "sqlite" in done.uri else f"  open {done.uri}",
+            highlight=False,
+        )
     console.print(f"  unlearn report --storage {store.root} --sweep {key[:8]} --out report.html", highlight=False)
     work.conclude(done.cost)

@@ -13,7 +13,9 @@ def run(options: Options) -> None:
     session = open_session(options)
     if options.dry_run:
         missing = len(session.plan.missing(session.plan.blocks()))
-        console.print(f"subset-model blocks of ten: {len(session.plan.blocks()) - missing} in the store, {missing} to train")
+        console.print(
+            f"subset-model blocks of ten: {len(session.plan.blocks()) - missing} in the store, {missing} to train"
+        )
         return
     cost = work.Cost(cached=len(session.plan.blocks()) - len(session.plan.missing(session.plan.blocks())))
     if session.plan.missing(session.plan.blocks()):

@@ -29,7 +29,13 @@ def _rate(per_second: float) -> str:
 def bars(totals: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
     """One bar per name with a total above zero; gives a function to advance one by a number of steps."""
     if console.is_terminal:
-        columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console) as progress:
             tasks = {name: progress.add_task(name, total=total) for name, total in totals.items() if total}
             yield lambda name, steps: progress.advance(tasks[name], steps)

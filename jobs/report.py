@@ -16,7 +16,6 @@ from orchestrator import results
 from orchestrator.registry import InputError
 from orchestrator.store import Store
 
-
 _TABLE_WIDTH = 124  # columns that the terminal table needs; a narrower terminal wraps its lines
 
 
@@ -29,7 +28,9 @@ def run(storage: str, sweep: str | None, out: Path) -> None:
     try:
         write(store, chosen, out)
     except OSError as error:
-        raise InputError(f"the report cannot be written to {str(out)!r}: {error.strerror}; give --out another file") from None
+        raise InputError(
+            f"the report cannot be written to {str(out)!r}: {error.strerror}; give --out another file"
+        ) from None
     console.print(f"report: {out}", highlight=False)
 
 

@@ -1,4 +1,4 @@
-"""What every job starts from: options to a checked study, a data set, a store and a plan, before anything is trained."""
+"""What every job starts from: a checked study, a data set, a store and a plan, before anything is trained."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def run(options: Options) -> None:
         return
     store = existing_store(options.storage)
     present = results.row_keys(store)
-    attempts = {name: tries for name, tries in results.get_attempts(store).items()}
+    attempts = results.get_attempts(store)
     failed = {name: tries[-1] for name, tries in attempts.items() if name not in present}
     console.print(_sweeps(store, present, set(failed)))
     blocks = Counter(name.partition("/")[0] for name in store.names("campaigns"))

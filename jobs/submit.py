@@ -48,7 +48,9 @@ def run(words: list[str], address: str, submission_id: str | None, *, wait: bool
 def _check(words: list[str]) -> None:
     """Refuse what the job itself would refuse, before it is submitted."""
     if not words:
-        raise InputError("nothing to submit; write the command after --, as in: unlearn submit -- sweep digits --storage /shared/runs")
+        raise InputError(
+            "nothing to submit; write the command after --: unlearn submit -- sweep digits --storage /shared/runs"
+        )
     given = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--storage"]
     given += [word.partition("=")[2] for word in words if word.startswith("--storage=")]
     root = given[-1] if given else os.environ.get("UNLEARN_STORAGE", "./runs")
@@ -61,7 +63,7 @@ def _check(words: list[str]) -> None:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """The project's own code as working directory, when it runs from a checkout; the cluster's installed one otherwise."""
+    """The project's own code as working directory, when it runs from a checkout; else the cluster's installed one."""
     variables = {name: os.environ[name] for name in ("UNLEARN_STORAGE",) if name in os.environ}
     commit = git_commit()
     if commit:

@@ -1,4 +1,4 @@
-"""`unlearn sweep`: the waves on the pool, then every missing run as a Tune trial; MLflow alongside, Parquet at the end."""
+"""`unlearn sweep`: the waves on the pool, then missing runs as Tune trials; MLflow alongside, Parquet at the end."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def _prepared(plan: Plan) -> list[Task]:
 def _needed_localizations(plan: Plan) -> list[Task]:
     """The localizations of runs that are missing: a finished run needs none."""
     names = {t.object_name for t in plan.missing(plan.runs())}
-    needed = {key(s) for _, r in plan.study.runs(plan.fingerprint) if (s := r.localization) and f"rows/{key(r)}.json" in names}
+    needed = {
+        key(s) for _, r in plan.study.runs(plan.fingerprint) if (s := r.localization) and f"rows/{key(r)}.json" in names
+    }
     return [task for task in plan.localizations() if key(task.spec) in needed]
 
 
@@ -117,13 +119,16 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
                 runs,
                 setup=Workspace,
                 inputs=(session.dataset, session.context, work.device_of(cluster)),
-                cluster=cluster,
+                workers=cluster.workers,
+                gpus_per_worker=cluster.gpus_per_worker,
                 done=done,
             )
 
 
 @contextmanager
-def _tracked(session: Session, sweep: Sweep, uri: str | None, cost: work.Cost) -> Iterator[tracking.LiveTracking | None]:
+def _tracked(
+    session: Session, sweep: Sweep, uri: str | None, cost: work.Cost
+) -> Iterator[tracking.LiveTracking | None]:
     if uri is None:
         yield None
         return

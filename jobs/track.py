@@ -25,4 +25,6 @@ def run(storage: str, tracking_uri: str | None) -> None:
                 written += tracker.write(results.get_row(store, name), arms[name])
                 advance("rows", 1)
         tracker.finish("FINISHED" if len(keys) == len(arms) else "KILLED")
-        console.print(f"sweep {sweep.key[:8]} ({sweep.recipe}): {written} of {len(keys)} rows were new at {uri}", highlight=False)
+        console.print(
+            f"sweep {sweep.key[:8]} ({sweep.recipe}): {written} of {len(keys)} rows were new at {uri}", highlight=False
+        )

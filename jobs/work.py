@@ -40,7 +40,8 @@ class Cost:
 
     def line(self) -> str:
         trained, cpu = self.models, sum(outcome.cpu_seconds for outcome in self.outcomes)
-        return f"{trained} models trained, {cpu:.0f} CPU seconds, {self.cached} of {self.cached + len(self.outcomes)} tasks from the store"
+        tasks = self.cached + len(self.outcomes)
+        return f"{trained} models trained, {cpu:.0f} CPU seconds, {self.cached} of {tasks} tasks from the store"
 
 
 @contextmanager
@@ -138,7 +139,9 @@ def ensure_scores(session: Session) -> ScoresSummary | None:
 
 def print_scores(summary: ScoresSummary) -> None:
     """What a campaign came to, the quality gate loudly."""
-    hard = "" if summary.hard_in_accuracy is None else f" ({summary.hard_in_accuracy:.3f} where mostly wrong outside it)"
+    hard = (
+        "" if summary.hard_in_accuracy is None else f" ({summary.hard_in_accuracy:.3f} where mostly wrong outside it)"
+    )
     halves = "" if summary.split_half is None else f"; split-half rank correlation {summary.split_half:.2f}"
     console.print(
         f"scores {summary.scores_key[:8]} from {summary.models} models: accuracy {summary.in_accuracy:.4f} in the "

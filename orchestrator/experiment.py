@@ -57,9 +57,7 @@ class Lab:
         return self._kept[split]
 
     def fresh(self, setting: Setting) -> Factory:
-        make = factory(
-            setting.model.name, setting.model.options, self.dataset.image_shape, self.dataset.num_classes
-        )
+        make = factory(setting.model.name, setting.model.options, self.dataset.image_shape, self.dataset.num_classes)
         return lambda stream: make(stream).to(self.device)
 
     @property
@@ -122,9 +120,7 @@ def split_examples(lab: Lab, forget: np.ndarray) -> Splits:
     return Splits(train, train.take(forget), train.take(retained))
 
 
-def localize_run(
-    spec: LocalizationSpec, original: nn.Module, splits: Splits, base: Scores | None
-) -> Scores:
+def localize_run(spec: LocalizationSpec, original: nn.Module, splits: Splits, base: Scores | None) -> Scores:
     """Score every parameter entry of an original by a strategy."""
     return localize(
         spec.strategy.name,
@@ -212,7 +208,11 @@ def _outputs(lab: Lab, model: nn.Module, forget: np.ndarray) -> dict[str, SplitO
         if len(dataset.splits[split])
     }
     train = whole.pop("train")
-    return {"forget": train.take(forget), "retain": train.take(np.setdiff1d(np.arange(len(train.labels)), forget)), **whole}
+    return {
+        "forget": train.take(forget),
+        "retain": train.take(np.setdiff1d(np.arange(len(train.labels)), forget)),
+        **whole,
+    }
 
 
 def _layers(mask: Mask | None) -> tuple[results.Layer, ...]:
@@ -251,7 +251,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task: seconds in training and prediction, wall and CPU seconds in all, the error if it failed."""
+    """What became of a task: seconds in training and prediction, wall and CPU seconds in all, its error."""
 
     kind: Kind
     key: str

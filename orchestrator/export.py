@@ -117,7 +117,7 @@ def metric_lines(rows: Iterable[Row], outputs: _LazyOutputs) -> Iterator[dict[st
 
 
 def comparison_lines(rows: Iterable[Row], outputs: _LazyOutputs) -> Iterator[dict[str, Any]]:
-    """The table `comparisons`: every run, references too, with every other reference of equal setting and forget set."""
+    """The table `comparisons`: every run, references too, with every other matching reference."""
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.comparable_with].append(row)

@@ -215,8 +215,4 @@ def _pictures(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> pa.Table
 def overlaps(sets: Mapping[str, np.ndarray]) -> list[tuple[str, str, int]]:
     """How many examples each pair of forget sets shares."""
     names = list(sets)
-    return [
-        (a, b, len(np.intersect1d(sets[a], sets[b]))) for i, a in enumerate(names) for b in names[i + 1 :]
-    ]
-
-
+    return [(a, b, len(np.intersect1d(sets[a], sets[b]))) for i, a in enumerate(names) for b in names[i + 1 :]]

@@ -32,7 +32,7 @@ ENVIRONMENT = {
 WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-class WorkersDied(RuntimeError):
+class WorkerDeathError(RuntimeError):
     """Items that were given up because every worker that took them died."""
 
 
@@ -78,7 +78,8 @@ def ray_cluster(
             "or leave --address out to use this machine"
         ) from None
     try:
-        yield _size(ray.cluster_resources(), workers, gpus_per_worker)
+        resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield _size(resources, workers, gpus_per_worker)
     finally:
         ray.shutdown()
 
@@ -196,8 +197,8 @@ class Pool(Generic[S]):
     ) -> list[R]:
         """`[function(state, item) for item in items]`, in order; `done` hears of each result as it comes.
 
-        Items whose worker dies are given to another, at most MAX_TRIES times; then WorkersDied is raised, after all
-        the others are done. An exception of `function` ends the map and is raised as it is.
+        Items whose worker dies are given to another, at most MAX_TRIES times; then WorkerDeathError is raised,
+        after all the others are done. An exception of `function` ends the map and is raised as it is.
         """
         return _Mapping(self, function, list(items), done).run()
 
@@ -231,7 +232,7 @@ class _Mapping(Generic[S, A, R]):
             try:
                 result = ray.get(finished[0])
             except RayTaskError as error:
-                raise error.as_instanceof_cause() from None
+                raise error.as_instanceof_cause() from None  # type: ignore[no-untyped-call]
             except RayActorError as error:
                 self._replace(actor, error)
             else:
@@ -243,7 +244,7 @@ class _Mapping(Generic[S, A, R]):
                 self._hand_out(function, actor)
         self.pool.usage.span_seconds += time.perf_counter() - start
         if self.lost:
-            raise WorkersDied(f"{len(self.lost)} of {len(self.items)} items were given up: {self.lost[0]}")
+            raise WorkerDeathError(f"{len(self.lost)} of {len(self.items)} items were given up: {self.lost[0]}")
         return [self.results[i] for i in range(len(self.items))]
 
     def _load(self, actor: int) -> int:

@@ -1,4 +1,4 @@
-"""Ray Tune: a map whose items are trials, on actors that are reused. What a trial computes is durable before it reports."""
+"""Ray Tune: a map whose items are trials, on actors that are reused; results are durable before they are reported."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ray import tune
-
-from orchestrator.pool import Cluster
 
 S = TypeVar("S")
 A = TypeVar("A")
@@ -32,7 +30,8 @@ def run_trials(
     *,
     setup: Callable[..., S],
     inputs: tuple[Any, ...],
-    cluster: Cluster,
+    workers: int,
+    gpus_per_worker: float,
     done: Callable[[R], None],
 ) -> None:
     """Call `function(state, item)` in one Tune trial per item; `done` hears of each result, on the driver.
@@ -44,11 +43,11 @@ def run_trials(
     trainable = tune.with_parameters(trial, function=function, items=tuple(items), setup=setup, inputs=inputs)
     scratch = tempfile.mkdtemp(prefix="tune-")
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1, "gpu": cluster.gpus_per_worker}),
+        tune.with_resources(trainable, {"cpu": 1, "gpu": gpus_per_worker}),
         param_space={"item": tune.grid_search(list(range(len(items))))},
         tune_config=tune.TuneConfig(
             reuse_actors=True,
-            max_concurrent_trials=cluster.workers,
+            max_concurrent_trials=workers,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(
@@ -80,7 +79,7 @@ def trial(
     tune.report({"result": function(_states["state"], items[config["item"]])})
 
 
-class _Listener(tune.Callback):  # type: ignore[misc]  # Ray is untyped
+class _Listener(tune.Callback):
     """Hands each result to the driver's own code."""
 
     def __init__(self, done: Callable[[Any], None] | None) -> None:

@@ -47,7 +47,7 @@ class Tracker:
     experiment_id: str
     sweep: Sweep
     _runs: dict[str, str] = field(default_factory=dict)  # run key -> MLflow run id
-    _parent: str | None = None
+    _parent: str = ""
 
     def start(self) -> None:
         """Find what an earlier command wrote for this sweep, and the parent, or make it."""
@@ -61,7 +61,7 @@ class Tracker:
             else:  # left half-written by a driver that died: written again, under the same id
                 self._runs.setdefault(run.data.tags[KEY_TAG], run.info.run_id)
         self._finished = finished
-        if self._parent is None:
+        if not self._parent:
             tags = {
                 SWEEP_TAG: self.sweep.key,
                 KIND_TAG: "sweep",
@@ -99,7 +99,7 @@ class Tracker:
             SWEEP_TAG: self.sweep.key,
             KEY_TAG: row.key,
             KIND_TAG: "run",
-            "mlflow.parentRunId": str(self._parent),
+            "mlflow.parentRunId": self._parent,
             "mlflow.runName": f"{arm} {row.spec['forget']['rule']['name']} {row.key[:8]}",
         }
         if row.provenance.get("git_commit"):
@@ -165,7 +165,9 @@ def connect(uri: str, store: Store, sweep: Sweep) -> Tracker:
                 client.create_experiment(EXPERIMENT, artifact_location=artifacts)
             experiment = client.get_experiment_by_name(EXPERIMENT)
         if experiment is None or experiment.lifecycle_stage != "active":
-            raise InputError(f"the MLflow experiment {EXPERIMENT!r} at {uri} is deleted; restore it, or use another server")
+            raise InputError(
+                f"the MLflow experiment {EXPERIMENT!r} at {uri} is deleted; restore it, or use another server"
+            )
         tracker = Tracker(client, experiment.experiment_id, sweep)
         tracker.start()
     except InputError:

@@ -26,7 +26,12 @@ def command(*words: str) -> list[str]:
 
 def run(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*words), cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **(environment or {})}
+        command(*words),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **(environment or {})},
     )
 
 
@@ -154,7 +159,18 @@ def test_a_run_that_fails_leaves_an_attempt_and_exit_code_1_and_is_tried_again(t
     )
     store = tmp_path / "store"
     few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=identity,moody"]
-    words = ["sweep", "digits", "--plugin", str(plugin), "--storage", str(store), "--workers", "2", "--tracking-uri", "none"]
+    words = [
+        "sweep",
+        "digits",
+        "--plugin",
+        str(plugin),
+        "--storage",
+        str(store),
+        "--workers",
+        "2",
+        "--tracking-uri",
+        "none",
+    ]
     words += [word for assignment in few for word in ("--set", assignment)]
     first = run(*words)
     assert first.returncode == 1, first.stdout + first.stderr
@@ -281,7 +297,11 @@ def test_the_method_that_the_readme_shows_runs_as_shown(tmp_path: Path) -> None:
     plugin, store = tmp_path / "shrink.py", tmp_path / "store"
     plugin.write_text(code.removeprefix("python\n"))
     few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=shrink"]
-    few += ["methods.shrink.strategy=weighted_gradient", "methods.shrink.budget=0.1,0.3", "methods.shrink.factor=0.5,0.8"]
+    few += [
+        "methods.shrink.strategy=weighted_gradient",
+        "methods.shrink.budget=0.1,0.3",
+        "methods.shrink.factor=0.5,0.8",
+    ]
     words = ["sweep", "digits", "--plugin", str(plugin), "--storage", str(store), "--tracking-uri", "none"]
     done = run(*words, *[word for assignment in few for word in ("--set", assignment)])
     assert done.returncode == 0, done.stdout + done.stderr

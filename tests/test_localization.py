@@ -150,7 +150,7 @@ SHAPES = {
     "2.weight": (10, 4),  # h = 1, exactly a tenth
     "3.weight": (9, 5),  # h = 1, where a tenth rounds down to 0
     "4.scale": (7,),
-    "5.weight": (23, 11, 1, 1),  # h = 2
+    "5.weight": (28, 11, 1, 1),  # h = 2, where a tenth rounds to 3
 }
 
 

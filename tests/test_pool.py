@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pool import Cluster, Pool, WorkersDied, ray_cluster, ray_map
+from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster, ray_map
 from orchestrator.registry import InputError
 
 
@@ -65,7 +65,8 @@ def die_on_three(state: Path, number: int) -> int:
 
 
 def test_an_item_that_kills_every_worker_is_given_up_by_name_after_the_others(cluster: Cluster, tmp_path: Path) -> None:
-    with Pool(Cluster(2, 0.0), Path, (str(tmp_path),)) as pool, pytest.raises(WorkersDied, match="3 after 3 workers"):
+    two = Cluster(2, 0.0)
+    with Pool(two, Path, (str(tmp_path),)) as pool, pytest.raises(WorkerDeathError, match="3 after 3 workers"):
         pool.map(die_on_three, range(8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "4", "5", "6", "7"]
 

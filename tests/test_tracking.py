@@ -16,7 +16,18 @@ from mlflow import MlflowClient
 
 from orchestrator.registry import InputError
 from orchestrator.results import Member, Row, Sweep, sweep_key
-from orchestrator.specs import ForgetSet, ForgetSpec, MaskSpec, Method, Model, RunSpec, Setting, Strategy, TrainingSpec, key
+from orchestrator.specs import (
+    ForgetSet,
+    ForgetSpec,
+    MaskSpec,
+    Method,
+    Model,
+    RunSpec,
+    Setting,
+    Strategy,
+    TrainingSpec,
+    key,
+)
 from orchestrator.store import Store
 from orchestrator.tracking import EXPERIMENT, LiveTracking, connect, replay, tracking_uri
 
@@ -151,9 +162,16 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """A real `mlflow server` in a process of its own."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "art")]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        str(tmp_path / "art"),
+    ]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         try:

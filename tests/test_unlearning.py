@@ -161,6 +161,13 @@ def test_the_given_model_and_examples_are_not_mutated(
     assert all(torch.equal(a, b) for a, b in zip(examples, after, strict=True))
 
 
+@pytest.mark.parametrize("name", GIVEN_A_MODEL)
+def test_the_result_shares_nothing_with_the_given_model(name: str, available: dict[str, Any]) -> None:
+    model = available["model"]
+    given = {value.data_ptr() for value in model.state_dict().values()}
+    assert given.isdisjoint(value.data_ptr() for value in call(name, available).state_dict().values())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_parameter_of_the_result_can_be_trained_on(name: str, available: dict[str, Any], splits: Splits) -> None:
     if name in MASKED:

@@ -21,7 +21,14 @@ from orchestrator.results import SCHEMA_VERSION, TABLES
 REFERENCE_ACCURACY = {"r0": 0.50, "r1": 0.60, "r2": 0.70}
 RUN_ACCURACY = {"d0": 0.40, "d1": 0.55, "c0": 0.45, "c1": 0.45, "s0": 0.7, "s1": 0.8}
 TUG = {"d": (0.9, 0.8), "c": (0.7, 0.75), "s": (0.6, 0.6)}  # by arm and seed, the same with every reference
-FLOOR = {("r0", "r1"): 0.97, ("r1", "r0"): 0.97, ("r0", "r2"): 0.91, ("r2", "r0"): 0.91, ("r1", "r2"): 0.94, ("r2", "r1"): 0.94}
+FLOOR = {
+    ("r0", "r1"): 0.97,
+    ("r1", "r0"): 0.97,
+    ("r0", "r2"): 0.91,
+    ("r2", "r0"): 0.91,
+    ("r1", "r2"): 0.94,
+    ("r2", "r1"): 0.94,
+}
 ARMS = {"d": "del", "c": "random_within_tensor", "s": "retrain_short", "r": "reference"}
 
 
@@ -64,19 +71,30 @@ def png(value: int) -> bytes:
 def export(tmp_path: Path) -> Path:
     accuracy = REFERENCE_ACCURACY | RUN_ACCURACY
     write_table(tmp_path, "runs", [run_line(key) for key in accuracy])
-    write_table(tmp_path, "members", [{"sweep": "feed", "recipe": "made", "arm": ARMS[k[0]], "key": k} for k in accuracy])
+    write_table(
+        tmp_path, "members", [{"sweep": "feed", "recipe": "made", "arm": ARMS[k[0]], "key": k} for k in accuracy]
+    )
     metrics = [
         {"key": key, "metric": "accuracy", "split": split, "value": value if split == "forget" else 0.9}
         for key, value in accuracy.items()
         for split in ("forget", "retain", "test")
     ]
-    metrics += [{"key": k, "metric": "membership_auc", "split": "forget", "value": 0.4 if k[0] == "r" else 0.7} for k in accuracy]
+    metrics += [
+        {"key": k, "metric": "membership_auc", "split": "forget", "value": 0.4 if k[0] == "r" else 0.7}
+        for k in accuracy
+    ]
     write_table(tmp_path, "metrics", metrics)
     pairs = [(k, r, TUG[k[0]][int(k[1])]) for k in RUN_ACCURACY for r in REFERENCE_ACCURACY]
     pairs += [(a, b, value) for (a, b), value in FLOOR.items()]
     compared = [{"key": k, "reference_key": r, "metric": "tug_of_war", "split": "all", "value": v} for k, r, v in pairs]
     compared += [
-        {"key": k, "reference_key": r, "metric": "disagreement", "split": "forget", "value": 0.02 if k[0] == "r" else 0.12}
+        {
+            "key": k,
+            "reference_key": r,
+            "metric": "disagreement",
+            "split": "forget",
+            "value": 0.02 if k[0] == "r" else 0.12,
+        }
         for k, r, _ in pairs
     ]
     write_table(tmp_path, "comparisons", compared)
@@ -89,7 +107,10 @@ def export(tmp_path: Path) -> Path:
     write_table(tmp_path, "layers", layers)
     write_table(tmp_path, "series", [])
     write_table(tmp_path, "memorization", [score_line(index) for index in range(40)])
-    shown = [{"scores_key": "abc", "index": i, "label_name": "cat", "true_label_name": "dog", "png": png(9 * i)} for i in range(25)]
+    shown = [
+        {"scores_key": "abc", "index": i, "label_name": "cat", "true_label_name": "dog", "png": png(9 * i)}
+        for i in range(25)
+    ]
     write_table(tmp_path, "examples", shown)
     return tmp_path
 
@@ -151,7 +172,9 @@ def test_pairs_are_matched_on_the_seed_and_adjusted_by_holm(export: Path) -> Non
         interval = expected.confidence_interval(0.95)
         assert (against[rival]["low"], against[rival]["high"]) == pytest.approx((interval.low, interval.high))
     smaller, larger = sorted(line["p"] for line in frame)
-    assert sorted(line["p_holm"] for line in frame) == pytest.approx([min(1, 2 * smaller), max(larger, min(1, 2 * smaller))])
+    assert sorted(line["p_holm"] for line in frame) == pytest.approx(
+        [min(1, 2 * smaller), max(larger, min(1, 2 * smaller))]
+    )
 
 
 def test_holm_by_hand() -> None:

@@ -34,7 +34,8 @@ def ours(cluster: Cluster, seconds: float, count: int) -> tuple[float, float]:
         [seconds] * count,
         setup=make_nothing,
         inputs=(),
-        cluster=cluster,
+        workers=cluster.workers,
+        gpus_per_worker=0.0,
         done=lambda _: times.append(time.perf_counter()),
     )
     assert len(times) == count
@@ -53,9 +54,7 @@ def plain(seconds: float, count: int) -> float:
         tune.report({"value": config["seconds"]})
 
     start = time.perf_counter()
-    tune.Tuner(
-        trainable, param_space={"index": tune.grid_search(list(range(count))), "seconds": seconds}
-    ).fit()
+    tune.Tuner(trainable, param_space={"index": tune.grid_search(list(range(count))), "seconds": seconds}).fit()
     os.environ.update(kept)
     return time.perf_counter() - start
 
@@ -67,8 +66,10 @@ def main() -> None:
         rival = plain(0.0, NUM_EMPTY)
         second, _ = ours(cluster, 0.0, NUM_EMPTY)
         mean = (first + second) / 2
-        print(f"{NUM_EMPTY} empty trials, {cluster.workers} slots: ours {first:.1f} and {second:.1f} s, plain {rival:.1f} s")
-        print(f"trials per second: ours {NUM_EMPTY / mean:.1f}, plain {NUM_EMPTY / rival:.1f}, ratio {rival / mean:.1f}")
+        print(f"{NUM_EMPTY} empty trials, {cluster.workers} slots: {first:.1f} and {second:.1f} s, plain {rival:.1f} s")
+        print(
+            f"trials per second: ours {NUM_EMPTY / mean:.1f}, plain {NUM_EMPTY / rival:.1f}, ratio {rival / mean:.1f}"
+        )
         total, per_slot = ours(cluster, SECONDS, NUM_SHORT)
         print(
             f"{NUM_SHORT} trials of {SECONDS} s: {total:.1f} s in all; per trial and slot {per_slot:.3f} s, "
