@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections import deque
@@ -22,6 +23,7 @@ R = TypeVar("R")
 
 MAX_TRIES = 3  # workers that one item may lose before it is given up
 _READY_SECONDS = 300
+_SHORT = "/tmp" if os.path.isdir("/tmp") else None  # Ray's sockets allow paths of about a hundred characters
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -58,12 +60,13 @@ def ray_cluster(
 
     target = address or os.environ.get("RAY_ADDRESS")
     environment = {"env_vars": WORKER_ENVIRONMENT}
+    scratch = None
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "runtime_env": environment}
     try:
         if target:
             ray.init(address=target, **quiet)
         else:
-            scratch = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets allow about a hundred characters
+            scratch = tempfile.mkdtemp(prefix="ray-", dir=_SHORT)
             ray.init(
                 num_cpus=workers or os.cpu_count(),
                 include_dashboard=False,
@@ -82,6 +85,8 @@ def ray_cluster(
         yield _size(resources, workers, gpus_per_worker)
     finally:
         ray.shutdown()
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def prepare_ray() -> None:
