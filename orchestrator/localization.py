@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.data import Examples, Splits
-from orchestrator.registry import InputError, Registry
+from orchestrator.registry import Count, InputError, Registry
 from orchestrator.training import Mask, as_input, evaluating
 
 Scores = Mapping[str, Tensor]
@@ -34,7 +34,7 @@ def _summed_gradients(model: nn.Module, examples: Examples, batch_size: int) -> 
 
 
 @STRATEGIES
-def weighted_gradient(model: nn.Module, splits: Splits, *, batch_size: int = 128) -> Scores:
+def weighted_gradient(model: nn.Module, splits: Splits, *, batch_size: Count = 128) -> Scores:
     """DEL's criterion: |sum over forget batches of weight x gradient| (Torkzadehmahani et al. 2025, section 5.2).
 
     The released code shuffles and drops the last batch; here every forget example counts, in a fixed order.
@@ -44,7 +44,7 @@ def weighted_gradient(model: nn.Module, splits: Splits, *, batch_size: int = 128
 
 
 @STRATEGIES
-def gradient(model: nn.Module, splits: Splits, *, batch_size: int = 128) -> Scores:
+def gradient(model: nn.Module, splits: Splits, *, batch_size: Count = 128) -> Scores:
     """SalLoc, the saliency of SalUn: |sum over forget batches of the gradient| (Fan et al. 2024)."""
     return {name: g.abs() for name, g in _summed_gradients(model, splits.forget, batch_size).items()}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from orchestrator.registry import Registry, Value
+from orchestrator.registry import Count, Registry, Value
 
 Factory = Callable[[torch.Generator], nn.Module]
 """Makes a newly initialized model of one architecture (what methods call `fresh`)."""
@@ -54,7 +54,7 @@ def _head(pool: nn.Module, inputs: int, num_classes: int) -> dict[str, nn.Module
 
 
 @MODELS
-def small_cnn(image_shape: tuple[int, int, int], num_classes: int, *, width: int = 16) -> nn.Module:
+def small_cnn(image_shape: tuple[int, int, int], num_classes: int, *, width: Count = 16) -> nn.Module:
     """Three 3x3 convolutions with batch norm and one pooling, for images of about 8x8 (14,458 parameters on digits)."""
     layers = {
         **_block("1", image_shape[0], width),
@@ -77,7 +77,7 @@ class _Residual(nn.Module):
 
 
 @MODELS
-def resnet9(image_shape: tuple[int, int, int], num_classes: int, *, width: int = 64) -> nn.Module:
+def resnet9(image_shape: tuple[int, int, int], num_classes: int, *, width: Count = 64) -> nn.Module:
     """ResNet-9 (Page 2018): eight convolutions in two residual stages, max pooling, one linear layer.
 
     `width` channels in the stem, 2, 4 and 8 times as many after it; images of at least 16x16.

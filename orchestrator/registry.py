@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 Value = bool | int | float | str | None | tuple[Any, ...]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,6 +28,31 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class InputError(ValueError):
     """A user's input cannot be used; the message says what, got, allowed and, where there is one, the remedy."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What numbers an option may be, as metadata of its annotation: `lr: Annotated[float, Bounds(above=0)]`."""
+
+    at_least: float = -math.inf
+    above: float = -math.inf
+    at_most: float = math.inf
+    below: float = math.inf
+
+    def holds(self, number: Any) -> bool:
+        """Whether a number is allowed; None, where an option may be none, is."""
+        return number is None or (self.at_least <= number <= self.at_most and self.above < number < self.below)
+
+    def __str__(self) -> str:
+        named = {"from": self.at_least, "above": self.above, "to": self.at_most, "below": self.below}
+        return " ".join(f"{word} {bound:g}" for word, bound in named.items() if math.isfinite(bound))
+
+
+Count = Annotated[int, Bounds(at_least=1)]
+Positive = Annotated[float, Bounds(above=0)]
+NonNegative = Annotated[float, Bounds(at_least=0)]
+Share = Annotated[float, Bounds(at_least=0, at_most=1)]
+ShareBelowOne = Annotated[float, Bounds(at_least=0, below=1)]
 
 
 def suggest(got: str, allowed: Iterable[str]) -> str:
@@ -45,6 +70,11 @@ def coerce(value: object, annotation: Any, what: str) -> Value:
     Raises InputError naming `what` where the value has no such form or is not finite.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        number = coerce(value, arguments[0], what)
+        if not all(bound.holds(number) for bound in arguments[1:]):
+            raise InputError(f"{what} is {number}; allowed: {_spell(annotation)}")
+        return number
     if origin in (types.UnionType, typing.Union):
         return _coerce_union(value, arguments, what)
     if origin is Literal:
@@ -114,6 +144,9 @@ _SCALARS: dict[Any, Callable[[Any], Value]] = {bool: _bool, int: _int, float: _f
 def _spell(annotation: Any) -> str:
     if annotation is type(None):
         return "none"
+    if typing.get_origin(annotation) is typing.Annotated:
+        kind, *bounds = typing.get_args(annotation)
+        return " ".join([_spell(kind), *map(str, bounds)])
     if typing.get_origin(annotation) is tuple:
         return f"a list of {_spell(typing.get_args(annotation)[0])}"
     if typing.get_origin(annotation) is Literal:
@@ -202,7 +235,7 @@ class Registry(Mapping[str, Entry[F]]):
         return register if function is None else register(function)
 
     def _describe(self, function: F, version: int) -> Entry[F]:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
         inputs: set[str] = set()
         options: dict[str, Option] = {}
         for name, parameter in inspect.signature(function).parameters.items():

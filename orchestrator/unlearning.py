@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from orchestrator.data import Examples
 from orchestrator.models import Factory
-from orchestrator.registry import Registry
+from orchestrator.registry import Count, NonNegative, Registry, Share, ShareBelowOne
 from orchestrator.training import Mask, Report, Training, clone, cross_entropy, endless_batches, fit, reset
 
 METHODS: Registry[Callable[..., nn.Module]] = Registry(
@@ -47,13 +47,13 @@ def retrain_short(
     generator: torch.Generator,
     report: Report,
     *,
-    lr: float = 0.1,
-    epochs: int = 30,
-    batch_size: int = 128,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    warmup: float = 0.2,
-    final: float = 0.01,
+    lr: NonNegative = 0.1,
+    epochs: Count = 30,
+    batch_size: Count = 128,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 0.0,
+    warmup: ShareBelowOne = 0.2,
+    final: Share = 0.01,
 ) -> nn.Module:
     """Control: a new model trained on the retain set for as many steps as unlearning (full reset, no original)."""
     training = Training(lr, epochs, batch_size, momentum, weight_decay, warmup, final)
@@ -69,12 +69,12 @@ def reset_and_finetune(
     generator: torch.Generator,
     report: Report,
     *,
-    lr: float = 0.015,
-    epochs: int = 30,
-    batch_size: int = 128,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    final: float = 0.01,
+    lr: NonNegative = 0.015,
+    epochs: Count = 30,
+    batch_size: Count = 128,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 0.0,
+    final: Share = 0.01,
 ) -> nn.Module:
     """DEL's second half: masked entries drawn anew, then trained on the retain set (Torkzadehmahani et al. 2025).
 
@@ -93,12 +93,12 @@ def finetune(
     generator: torch.Generator,
     report: Report,
     *,
-    lr: float = 0.01,
-    epochs: int = 10,
-    batch_size: int = 128,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    final: float = 0.01,
+    lr: NonNegative = 0.01,
+    epochs: Count = 10,
+    batch_size: Count = 128,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 0.0,
+    final: Share = 0.01,
 ) -> nn.Module:
     """Training continued on the retain set alone (defaults: RUM, Zhao et al. 2024; schedule as released with DEL)."""
     training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final)
@@ -114,12 +114,12 @@ def neg_grad_plus(
     generator: torch.Generator,
     report: Report,
     *,
-    alpha: float = 0.99,
-    lr: float = 0.01,
-    epochs: int = 5,
-    batch_size: int = 128,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
+    alpha: Share = 0.99,
+    lr: NonNegative = 0.01,
+    epochs: Count = 5,
+    batch_size: Count = 128,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 0.0,
 ) -> nn.Module:
     """NegGrad+: descent on alpha x retain loss - (1 - alpha) x forget loss (Kurmanji et al. 2023).
 
@@ -147,13 +147,13 @@ def random_labels(
     generator: torch.Generator,
     report: Report,
     *,
-    lr: float = 0.01,
-    epochs: int = 10,
+    lr: NonNegative = 0.01,
+    epochs: Count = 10,
     redraw: bool = False,
-    batch_size: int = 128,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    final: float = 0.5,
+    batch_size: Count = 128,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 0.0,
+    final: Share = 0.5,
 ) -> nn.Module:
     """Training on the retain set and the forget set under uniformly random labels, shuffled together.
 

@@ -6,7 +6,21 @@ from typing import Any, Literal
 
 import pytest
 
-from orchestrator.registry import InputError, Registry, canonical_json, coerce, load_plugin, read_plugin
+from orchestrator.localization import STRATEGIES
+from orchestrator.models import MODELS
+from orchestrator.registry import (
+    Count,
+    InputError,
+    Positive,
+    Registry,
+    Share,
+    ShareBelowOne,
+    canonical_json,
+    coerce,
+    load_plugin,
+    read_plugin,
+)
+from orchestrator.unlearning import METHODS
 
 
 def is_one_sentence(error: BaseException) -> bool:
@@ -273,3 +287,28 @@ def test_a_plugin_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match=re.escape(repr(name))) as caught:
         read_plugin(name)
     assert is_one_sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "good", "bad"),
+    [
+        (Count, ["1", 7], [0, "-3", 1.5]),
+        (Positive, ["1e-3", 2], [0, -0.1, "nan"]),
+        (Share, [0, "1"], [-0.01, 1.01]),
+        (ShareBelowOne, [0, "0.99"], [1, 2]),
+    ],
+)
+def test_bounds_of_an_option_are_held(annotation: object, good: list[object], bad: list[object]) -> None:
+    for value in good:
+        assert coerce(value, annotation, "it") == float(value)  # type: ignore[arg-type]
+    for value in bad:
+        with pytest.raises(InputError, match=r"it is .*; allowed: a"):
+            coerce(value, annotation, "it")
+
+
+@pytest.mark.parametrize("registry", [METHODS, STRATEGIES, MODELS], ids=lambda registry: registry.kind)
+def test_counts_and_rates_of_all_built_in_functions_are_bounded(registry: Registry[Any]) -> None:
+    for entry in registry.values():
+        for name in {"lr", "epochs", "batch_size", "width"} & set(entry.options):
+            with pytest.raises(InputError, match=name):
+                entry.resolve({name: -1})
