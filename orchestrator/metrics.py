@@ -72,14 +72,15 @@ def membership_auc(outputs: Outputs) -> dict[str, float]:
 def _svc_efficacy(outputs: Outputs, feature: Callable[[SplitOutputs], np.ndarray]) -> dict[str, float]:
     """Share of forget examples that SVC(C=3, gamma='auto', rbf) takes for non-members, as published with SalUn.
 
-    Trained on one feature of as many retain examples (members, a seeded sample) as test examples (non-members).
+    Trained on one feature of as many retain (members) as test examples (non-members), seeded samples of each.
     """
     from sklearn.svm import SVC
 
     size = min(len(outputs["retain"].labels), len(outputs["test"].labels))
-    sample = numpy_generator(0, "published attack").choice(len(outputs["retain"].labels), size, replace=False)
-    members = feature(outputs["retain"])[sample]
-    others = feature(outputs["test"])[:size]
+    rng = numpy_generator(0, "published attack")
+    members, others = (
+        feature(outputs[split])[rng.permutation(len(outputs[split].labels))[:size]] for split in ("retain", "test")
+    )
     attack = SVC(C=3, gamma="auto", kernel="rbf")
     attack.fit(np.concatenate([members, others])[:, None], np.repeat([1, 0], size))
     return {"forget": float((attack.predict(feature(outputs["forget"])[:, None]) == 0).mean())}

@@ -65,6 +65,7 @@ class Plan:
         """The sweep's own record: all its runs by key, references included."""
         members = [Member(arm, key(run)) for arm, run in self.study.runs(self.fingerprint)]
         members += [Member("reference", key(run)) for run in self.study.reference_runs(self.fingerprint)]
+        members = list(dict.fromkeys(members))  # an axis value given twice is one run
         name = results.sweep_key(self.study.recipe, members)
         return Sweep(name, self.study.recipe, tuple(members), self.study.model_dump(mode="json"), provenance)
 
