@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 console = Console(soft_wrap=True)
@@ -15,10 +16,17 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class _Rate(ProgressColumn):
-    """Finished steps per second, or per minute where they are slow."""
+    """Finished steps per second, or per minute where they are slow, and the time left at that rate.
+
+    Over the whole run of the bar: steps come ten at a time, so that a recent rate would be 0 or a burst.
+    """
 
     def render(self, task: Task) -> Text:
-        return Text(_rate(task.speed or 0.0))
+        if not task.completed or not task.elapsed:
+            return Text("")
+        rate = task.completed / task.elapsed
+        left = timedelta(seconds=round(((task.total or 0) - task.completed) / rate))
+        return Text(f"{_rate(rate):>10}  {left} left" if task.completed < (task.total or 0) else f"{_rate(rate):>10}")
 
 
 def _rate(per_second: float) -> str:
@@ -34,7 +42,6 @@ def bars(totals: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
             BarColumn(),
             MofNCompleteColumn(),
             _Rate(),
-            TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as progress:
             tasks = {name: progress.add_task(name, total=total) for name, total in totals.items() if total}
