@@ -29,6 +29,7 @@ _PAIRED = (
     "p (Holm)",
 )
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
+_ENOUGH = 5  # references per forget set
 _EXTRA = ("SVC confidence", "SVC correctness", "realised", "effective")
 
 
@@ -58,8 +59,11 @@ def pictures(exports: Path, folder: Path, sweep: str | None = None) -> list[Path
         made[f"scores-{number}"] = figures.score_distribution(read, key)
         made[f"gallery-{number}"] = figures.gallery(read, key)
     if chosen is not None:
-        made["forget-quality"] = figures.forget_quality(read, chosen)
-        made["layers"] = figures.layer_shares(read, chosen)
+        runs = tables.of_sweep(read, chosen)
+        if (runs["arm"] != "reference").any():
+            made["forget-quality"] = figures.forget_quality(read, chosen)
+        if _has_layers(read, runs):
+            made["layers"] = figures.layer_shares(read, chosen)
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in made.items():
@@ -89,9 +93,11 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
     content: dict[str, Any] = {
         "title": f"Unlearning report: {recipe}",
         "facts": _facts(runs, sweep) | facts,
+        "others": _others(read, sweep),
         "notes": _notes(runs),
+        "pairing": _pairing(runs),
         "scores": [_scores(read, key) for key in _scores_of(read)],
-        "failed": len(tables.failed_of_sweep(read, sweep)) if sweep else 0,
+        "failed": _failed(tables.failed_of_sweep(read, sweep)) if sweep else [],
         "export_id": read.export_id,
         "quality": None,
         "tables": [],
@@ -102,7 +108,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         content["quality"] = _embed(figures.forget_quality(read, sweep))
         content["tables"] = _tables(tables.comparison_table(read, sweep))
         content["paired"] = _paired(tables.paired_table(read, sweep))
-        if runs["budget"].count():
+        if _has_layers(read, runs):
             content["layers"] = _embed(figures.layer_shares(read, sweep))
     return content
 
@@ -120,17 +126,65 @@ def _facts(runs: pl.DataFrame, sweep: str | None) -> dict[str, str]:
     }
 
 
+def _has_layers(read: Tables, runs: pl.DataFrame) -> bool:
+    return len(read.layers.join(runs.drop_nulls("budget"), on="key", how="semi")) > 0
+
+
+def _others(read: Tables, sweep: str | None) -> str:
+    sizes = read.members.filter(pl.col("sweep") != (sweep or "")).group_by("sweep", "recipe").len().sort("sweep")
+    return ", ".join(f"{key[:8]} ({recipe}, {count} runs)" for key, recipe, count in sizes.rows())
+
+
 def _notes(runs: pl.DataFrame) -> list[str]:
+    if not len(runs):
+        return []
     notes = []
-    if len(runs) and runs["numerics"].drop_nulls().n_unique() > 1:
+    if runs["numerics"].drop_nulls().n_unique() > 1:
         notes.append(
             "These runs were computed under several numerics; equality of repeated runs holds within one only."
         )
-    if len(runs) and len(runs.filter(pl.col("arm") == "reference")) < 2 * runs["forget_set"].n_unique():
+    if runs["variant"].count():
+        notes.append("Arms that ran with several options have one line per combination, named in parentheses.")
+    counts = runs.group_by("forget_set", "forget_draw", maintain_order=True).agg((pl.col("arm") == "reference").sum())
+    few = [f"{name} (draw {draw}: {count})" for name, draw, count in counts.rows() if count < 2]
+    some = [f"{name} (draw {draw}: {count})" for name, draw, count in counts.rows() if 2 <= count < _ENOUGH]
+    if few:
         notes.append(
-            "A forget set has fewer than two references: without their spread there are no intervals or floors."
+            f"Forget sets with fewer than two references: {', '.join(few)}. Without their spread there are no "
+            "intervals or floors; `unlearn references` makes more."
         )
+    if some:
+        notes.append(f"Forget sets with fewer than the {_ENOUGH} references that are advised: {', '.join(some)}.")
     return notes
+
+
+def _pairing(runs: pl.DataFrame) -> str:
+    """How seeds vary, as far as the runs show it."""
+    if not len(runs):
+        return ""
+    draws = runs.group_by("forget_set").agg(pl.col("forget_draw").n_unique())["forget_draw"].to_numpy().max()
+    text = "Every forget set is drawn once, so all numbers are conditional on the draw."
+    if draws > 1:
+        text = "Forget sets are drawn several times; each draw has its own lines, conditional on it."
+    both = runs.drop_nulls("original_seed")
+    if len(both) and (both["original_seed"] == both["seed"]).all():
+        text += " Seeds vary the original and the unlearning together."
+    return text
+
+
+def _failed(runs: pl.DataFrame) -> list[str]:
+    named = (
+        ("arm", "{}"),
+        ("forget_set", "{}"),
+        ("learning_rate", "rate {:g}"),
+        ("budget", "budget {:g}"),
+        ("seed", "seed {}"),
+        ("status", "{}"),
+    )
+    return [
+        ", ".join(text.format(line[name]) for name, text in named if line[name] is not None)
+        for line in runs.iter_rows(named=True)
+    ]
 
 
 def _scores(read: Tables, key: str) -> dict[str, Any]:
@@ -145,16 +199,19 @@ def _scores(read: Tables, key: str) -> dict[str, Any]:
 
 def _tables(frame: pl.DataFrame) -> list[dict[str, Any]]:
     parts = []
-    for (name,), group in frame.group_by("forget_set", maintain_order=True):
+    for (name, draw), group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
         lines = group.to_dicts()
         has_parts = lines[0]["forget_flipped_difference"] is not None
         columns = [*tables.HEADINGS, *(("forget, flipped", "forget, unflipped") if has_parts else ()), *_EXTRA]
-        runs, references = lines[0]["num_runs"], lines[0]["num_references"]
-        caption = f"{runs} runs a line against {references} references; points ± half of the 95 % interval."
+        runs, references = tables.counted(group["num_runs"].to_list()), lines[0]["num_references"]
+        caption = (
+            f"{runs} runs a line against {references} references; reference minus run in points with 95 % interval, "
+            f"conditional on the forget draw ({draw})."
+        )
         cells = [
             [
-                *tables.cells(line),
-                *((tables.interval(line, f"forget_{part}") for part in ("flipped", "unflipped")) if has_parts else ()),
+                *tables.cells(line, tables.ends),
+                *((tables.ends(line, f"forget_{part}") for part in ("flipped", "unflipped")) if has_parts else ()),
                 *(tables.number(line[f"published_svc_{attack}"]) for attack in ("confidence", "correctness")),
                 *(tables.number(line[f"{kind}_budget"], 4) for kind in ("realised", "effective")),
             ]
@@ -170,19 +227,24 @@ def _paired(frame: pl.DataFrame) -> dict[str, Any] | None:
     lines = [
         [
             line["forget_set"],
-            f"{line['learning_rate']:g}",
-            f"{line['budget']:g}",
-            line["against"],
-            f"{line['against_rate']:g}",
+            _short(line["learning_rate"]),
+            _short(line["budget"]),
+            tables.name_of({"arm": line["against"], "variant": line["against_variant"]}),
+            _short(line["against_rate"]),
             line["num_pairs"],
             f"{line['difference']:+.3f}",
-            f"{line['low']:+.3f} to {line['high']:+.3f}",
+            "-" if line["low"] is None else f"{line['low']:+.3f} to {line['high']:+.3f}",
             tables.number(line["p"], 3),
             tables.number(line["p_holm"], 3),
         ]
         for line in frame.to_dicts()
     ]
-    return {"columns": _PAIRED, "lines": lines, "significant": int((frame["p_holm"] < 0.05).sum())}
+    tested = frame["p_holm"].drop_nulls()
+    return {"columns": _PAIRED, "lines": lines, "tested": len(tested), "significant": int((tested < 0.05).sum())}
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def _embed(figure: Figure) -> str:

@@ -6,8 +6,9 @@ t-intervals with Satterthwaite's degrees of freedom, and no selection: each sett
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,9 +18,42 @@ from scipy import stats
 
 from analysis.load import Tables
 
-SETTING = ("forget_set", "arm", "learning_rate", "budget")
+SETTING = ("forget_set", "forget_draw", "arm", "variant", "learning_rate", "budget")
 SPLITS = ("forget", "retain", "test", "forget_flipped", "forget_unflipped")
 GATE, HARD_GATE = 0.995, 0.97
+_PARTS = ("difference", "standard_error", "low", "high")
+_MEANS = ("realised_budget", "effective_budget", "steps_ratio", "seconds")
+_ATTACKS = ("published_svc_confidence", "published_svc_correctness")
+_KEYS = {
+    "forget_set": pl.String(),
+    "forget_draw": pl.Int64(),
+    "arm": pl.String(),
+    "variant": pl.String(),
+    "learning_rate": pl.Float64(),
+    "budget": pl.Float64(),
+}
+COMPARISON: Mapping[str, pl.DataType] = {
+    **_KEYS,
+    "num_runs": pl.Int64(),
+    "num_references": pl.Int64(),
+    **{f"{split}_{part}": pl.Float64() for split in SPLITS for part in _PARTS},
+    "reference_band": pl.Float64(),
+    "tug_of_war": pl.Float64(),
+    "tug_of_war_floor": pl.Float64(),
+    "excess_disagreement": pl.Float64(),
+    "membership_auc": pl.Float64(),
+    "reference_auc": pl.Float64(),
+    "membership_auc_difference": pl.Float64(),
+    **{name: pl.Float64() for name in (*_ATTACKS, *_MEANS)},
+}
+PAIRED: Mapping[str, pl.DataType] = {
+    **{name: kind for name, kind in _KEYS.items() if name not in ("arm", "forget_draw")},
+    "against": pl.String(),
+    "against_variant": pl.String(),
+    "against_rate": pl.Float64(),
+    "num_pairs": pl.Int64(),
+    **{name: pl.Float64() for name in ("difference", "low", "high", "p", "p_holm")},
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +83,28 @@ def difference(references: Sequence[float], runs: Sequence[float]) -> Difference
 
 
 def of_sweep(tables: Tables, sweep: str) -> pl.DataFrame:
-    """The finished runs of a sweep with the name of their arm; one line per member."""
+    """The finished runs of a sweep with their arm and variant; one line per member.
+
+    variant: the options other than the learning rate in which the runs of an arm differ, as `alpha=0.9`; null where
+    they agree. Runs of two variants are never averaged.
+    """
     members = tables.members.filter(pl.col("sweep") == sweep).select("arm", "key")
-    return members.join(tables.runs.filter(pl.col("status") == "done"), on="key", how="inner", maintain_order="left")
+    runs = members.join(tables.runs.filter(pl.col("status") == "done"), on="key", how="inner", maintain_order="left")
+    options = [json.loads(text) for text in runs["options"].to_list()]
+    by_arm: dict[str, list[dict[str, object]]] = {}
+    for arm, chosen in zip(runs["arm"].to_list(), options, strict=True):
+        by_arm.setdefault(arm, []).append(chosen)
+    varying = {arm: _varying(found) for arm, found in by_arm.items()}
+    variants = [
+        ", ".join(f"{name}={chosen.get(name)}" for name in varying[arm]) or None
+        for arm, chosen in zip(runs["arm"].to_list(), options, strict=True)
+    ]
+    return runs.with_columns(pl.Series("variant", variants, dtype=pl.String))
+
+
+def _varying(options: Sequence[Mapping[str, object]]) -> list[str]:
+    names = sorted({name for chosen in options for name in chosen} - {"lr"})
+    return [name for name in names if len({json.dumps(chosen.get(name)) for chosen in options}) > 1]
 
 
 def failed_of_sweep(tables: Tables, sweep: str) -> pl.DataFrame:
@@ -85,27 +138,27 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
-    """One line per forget set, arm, learning rate and budget of a sweep, against the references of that set.
+    """One line per setting (forget set and draw, arm, variant, learning rate, budget), against its own references.
 
-    Columns: num_runs, num_references; for forget, retain and test accuracy (and the flipped and unflipped parts of a
-    forget set that has both) `<split>_difference`, `_standard_error`, `_low`, `_high` in percentage points;
-    tug_of_war and tug_of_war_floor (references against one another); excess_disagreement (share of the forget set);
-    membership_auc, reference_auc; published_svc_confidence, published_svc_correctness; realised_budget,
-    effective_budget, steps_ratio, seconds (means). Null where there is nothing to compare with.
+    Columns as in `COMPARISON`: for forget, retain and test accuracy (and the flipped and unflipped parts of a forget
+    set that has both) `<split>_difference`, `_standard_error`, `_low`, `_high` in percentage points; reference_band,
+    half of the 95 % interval in which one more reference's forget accuracy would fall; tug_of_war and its floor
+    (references against one another); excess_disagreement (share of the forget set); the membership AUC of the runs and
+    of the references, and the mean of reference - run; the published attacks; means of budgets, steps and seconds.
+    Null where there is nothing to compare with.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
     references = _references(runs)
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
-        named = dict(zip(SETTING, setting, strict=True))
-        against = references.get(str(named["forget_set"]), [])
-        lines.append(named | _line(group, against, values))
-    return pl.DataFrame(lines, infer_schema_length=None)
+        against = references.get((str(setting[0]), setting[1]), [])
+        lines.append(dict(zip(SETTING, setting, strict=True)) | _line(group, against, values))
+    return pl.DataFrame(lines, schema=dict(COMPARISON))
 
 
-def _references(runs: pl.DataFrame) -> dict[str, list[str]]:
-    chosen = runs.filter(pl.col("arm") == "reference")
-    return {str(name[0]): group["key"].to_list() for name, group in chosen.group_by("forget_set")}
+def _references(runs: pl.DataFrame) -> dict[tuple[str, object], list[str]]:
+    chosen = runs.filter(pl.col("arm") == "reference").group_by("forget_set", "forget_draw", maintain_order=True)
+    return {(str(name), draw): group["key"].to_list() for (name, draw), group in chosen}
 
 
 def _line(group: pl.DataFrame, references: list[str], values: Values) -> dict[str, object]:
@@ -116,84 +169,82 @@ def _line(group: pl.DataFrame, references: list[str], values: Values) -> dict[st
     among = values.pairs(references, references, "disagreement", "forget")
     between = values.pairs(keys, references, "disagreement", "forget")
     line |= {
+        "reference_band": _prediction_band([100 * a for a in values.metric(references, "accuracy", "forget")]),
         "tug_of_war": _mean(values.pairs(keys, references, "tug_of_war", "all")),
         "tug_of_war_floor": _mean(values.pairs(references, references, "tug_of_war", "all")),
         "excess_disagreement": float(np.mean(between) - np.mean(among)) if among and between else None,
         "membership_auc": _mean(values.metric(keys, "membership_auc", "forget")),
         "reference_auc": _mean(values.metric(references, "membership_auc", "forget")),
+        "membership_auc_difference": _mean(values.pairs(keys, references, "membership_auc_difference", "forget")),
     }
-    for attack in ("published_svc_confidence", "published_svc_correctness"):
-        line[attack] = _mean(values.metric(keys, attack, "forget"))
-    for column in ("realised_budget", "effective_budget", "steps_ratio", "seconds"):
-        line[column] = group[column].mean()
-    return line
+    return (
+        line
+        | {attack: _mean(values.metric(keys, attack, "forget")) for attack in _ATTACKS}
+        | {column: group[column].mean() for column in _MEANS}
+    )
 
 
 def _accuracy_columns(keys: list[str], references: list[str], split: str, values: Values) -> dict[str, float | None]:
     ours, theirs = values.metric(keys, "accuracy", split), values.metric(references, "accuracy", split)
-    names = [f"{split}_{part}" for part in ("difference", "standard_error", "low", "high")]
+    names = [f"{split}_{part}" for part in _PARTS]
     if not ours or not theirs:
         return dict.fromkeys(names)
     found = difference([100 * value for value in theirs], [100 * value for value in ours])
     return dict(zip(names, (found.value, found.standard_error, found.low, found.high), strict=True))
 
 
+def _prediction_band(found: Sequence[float]) -> float | None:
+    """Half of the 95 % interval for the difference of one more value from the mean of these."""
+    if len(found) < 2:
+        return None
+    spread = float(np.std(found, ddof=1)) * math.sqrt(1 + 1 / len(found))
+    return float(stats.t.ppf(0.975, len(found) - 1)) * spread
+
+
 def paired_table(tables: Tables, sweep: str) -> pl.DataFrame:
     """DEL against its control and against the short retraining, in tug-of-war, paired on original seed and forget draw.
 
-    One line per forget set, learning rate and budget of `del` and per rival that was run: `random_within_tensor` at the
-    same rate and budget, `retrain_short` at each of its rates. Positive: DEL is closer to the references. t-interval
-    over pairs; `p` two-sided, `p_holm` adjusted within the table. Empty where DEL or every rival is missing.
+    One line per forget set, learning rate and budget of `del` and per rival: `random_within_tensor` at the same rate
+    and budget, `retrain_short` at each of its rates. Positive: DEL is closer to the references. t-interval over pairs;
+    `p` two-sided, `p_holm` adjusted within the table. A single pair has no interval; without spread there is no p.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
     references = _references(runs)
-    by_seed = {
-        (*setting[:4], setting[4]): values.pairs(
-            group["key"].to_list(), references.get(str(setting[0]), []), "tug_of_war", "all"
-        )
-        for setting, group in runs.with_columns(pair=pl.coalesce("original_seed", "seed"))
-        .filter(pl.col("arm") != "reference")
-        .group_by(*SETTING, "pair", "forget_draw", maintain_order=True)
-    }
-    seeds = sorted({name[4] for name in by_seed})
+    measured: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
+    named = ("forget_set", "arm", "variant", "learning_rate", "budget")
+    for name, group in (
+        runs.filter(pl.col("arm") != "reference")
+        .with_columns(pair=pl.coalesce("original_seed", "seed"))
+        .group_by(*named, "pair", "forget_draw", maintain_order=True)
+    ):
+        against = references.get((str(name[0]), name[-1]), [])
+        if found := values.pairs(group["key"].to_list(), against, "tug_of_war", "all"):
+            measured.setdefault(name[:5], {})[name[5:]] = found
     lines = []
-    for forget_set, arm, rate, budget in dict.fromkeys(name[:4] for name in by_seed):
-        if arm != "del":
-            continue
-        rivals = [("random_within_tensor", rate, budget)]
-        rivals += [
-            ("retrain_short", r, b)
-            for f, a, r, b in dict.fromkeys(n[:4] for n in by_seed)
-            if (f, a) == (forget_set, "retrain_short")
-        ]
-        for rival in rivals:
-            pairs = [
-                np.mean(by_seed[forget_set, arm, rate, budget, seed]) - np.mean(by_seed[(forget_set, *rival, seed)])
-                for seed in seeds
-                if by_seed.get((forget_set, arm, rate, budget, seed)) and by_seed.get((forget_set, *rival, seed))
-            ]
-            if len(pairs) >= 2:
-                named = {
-                    "forget_set": forget_set,
-                    "learning_rate": rate,
-                    "budget": budget,
-                    "against": rival[0],
-                    "against_rate": rival[1],
-                }
-                lines.append(named | _paired_line(np.array(pairs)))
-    adjusted = holm([line["p"] for line in lines])
-    return pl.DataFrame(
-        [line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)], infer_schema_length=None
-    )
+    for (forget_set, arm, variant, rate, budget), ours in measured.items():
+        for rival, theirs in measured.items():
+            control = rival[1] == "random_within_tensor" and rival[2:] == (variant, rate, budget)
+            shared = [pair for pair in ours if pair in theirs]
+            if arm != "del" or rival[0] != forget_set or not (control or rival[1] == "retrain_short") or not shared:
+                continue
+            setting = (forget_set, variant, rate, budget, *rival[1:4])
+            pairs = np.array([np.mean(ours[pair]) - np.mean(theirs[pair]) for pair in shared])
+            lines.append(dict(zip(list(PAIRED)[:7], setting, strict=True)) | _paired_line(pairs))
+    frame = pl.DataFrame(lines, schema={name: kind for name, kind in PAIRED.items() if name != "p_holm"})
+    adjusted = iter(holm(frame["p"].drop_nulls().to_list()))
+    p_holm = [None if p is None else next(adjusted) for p in frame["p"].to_list()]
+    return frame.with_columns(pl.Series("p_holm", p_holm, dtype=pl.Float64))
 
 
-def _paired_line(pairs: np.ndarray) -> dict[str, float]:
+def _paired_line(pairs: np.ndarray) -> dict[str, float | None]:
+    line: dict[str, float | None] = {"num_pairs": len(pairs), "difference": float(pairs.mean())}
+    if len(pairs) < 2:
+        return line | {"low": None, "high": None, "p": None}
     mean, standard_error = float(pairs.mean()), float(pairs.std(ddof=1) / math.sqrt(len(pairs)))
     half = float(stats.t.ppf(0.975, len(pairs) - 1)) * standard_error
-    p = 1.0 if mean == standard_error == 0 else 0.0
-    if standard_error > 0:
-        p = 2 * float(stats.t.sf(abs(mean) / standard_error, len(pairs) - 1))
-    return {"num_pairs": len(pairs), "difference": mean, "low": mean - half, "high": mean + half, "p": p}
+    spread = standard_error > 1e-12  # equal differences leave rounding, which is no evidence
+    p = 2 * float(stats.t.sf(abs(mean) / standard_error, len(pairs) - 1)) if spread else None
+    return line | {"low": mean - half, "high": mean + half, "p": p}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -226,12 +277,9 @@ class ScoreSummary:
 
 def score_summary(tables: Tables, scores_key: str) -> ScoreSummary:
     """Fit of the subset models, and how well score and held-out error alone find the flipped labels."""
-    from sklearn.metrics import roc_auc_score
-
     scores = tables.memorization.filter(pl.col("scores_key") == scores_key)
     flipped = (scores["label"] != scores["true_label"]).to_numpy()
     hard = scores.filter(pl.col("out_mean") < 0.5)
-    weights = scores["num_in"].to_numpy()
     score, held_out_error = scores["score"].to_numpy(), 1 - scores["out_mean"].to_numpy()
     count = int(flipped.sum())
     known = 0 < count < len(flipped)
@@ -239,13 +287,24 @@ def score_summary(tables: Tables, scores_key: str) -> ScoreSummary:
     return ScoreSummary(
         num_examples=len(scores),
         num_models=int(scores["num_in"][0] + scores["num_out"][0]),
-        in_accuracy=float(np.average(scores["in_mean"].to_numpy(), weights=weights)),
-        hard_in_accuracy=float(np.mean(hard["in_mean"].to_numpy())) if len(hard) else None,
+        in_accuracy=_in_accuracy(scores),
+        hard_in_accuracy=_in_accuracy(hard) if len(hard) else None,
         num_flipped=count,
-        auc=float(roc_auc_score(flipped, score)) if known else None,
+        auc=_area(score, flipped) if known else None,
         precision=float(flipped[top].mean()) if known else None,
-        held_out_auc=float(roc_auc_score(flipped, held_out_error)) if known else None,
+        held_out_auc=_area(held_out_error, flipped) if known else None,
     )
+
+
+def _in_accuracy(scores: pl.DataFrame) -> float:
+    return float(np.average(scores["in_mean"].to_numpy(), weights=scores["num_in"].to_numpy()))
+
+
+def _area(values: np.ndarray, positive: np.ndarray) -> float:
+    """The area under the ROC curve: the share of pairs in the right order, ties half."""
+    hits, misses = int(positive.sum()), int((~positive).sum())
+    ranks = stats.rankdata(values)[positive].sum()
+    return float((ranks - hits * (hits + 1) / 2) / (hits * misses))
 
 
 # ---- the terminal --------------------------------------------------------------------------------------------------
@@ -259,22 +318,40 @@ def interval(line: Mapping[str, object], split: str) -> str:
     return f"{value:+.1f}" + (f" ±{(high - low) / 2:.1f}" if isinstance(low, float) and isinstance(high, float) else "")
 
 
+def ends(line: Mapping[str, object], split: str) -> str:
+    """A difference and the ends of its 95 % interval, in points: `+0.3 [-0.9, +1.5]`."""
+    value, low, high = (line.get(f"{split}_{part}") for part in ("difference", "low", "high"))
+    if not isinstance(value, float):
+        return "-"
+    return f"{value:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if isinstance(low, float) else "")
+
+
 def number(value: object, digits: int = 2) -> str:
     """A number with a fixed number of digits; `-` for what is absent."""
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
 
 
+def name_of(line: Mapping[str, object]) -> str:
+    """An arm and, where it has several, its variant."""
+    return f"{line['arm']} ({line['variant']})" if line.get("variant") else str(line["arm"])
+
+
+def counted(values: Sequence[int]) -> str:
+    """A count that lines share, or its range: `3` or `1 to 3`."""
+    return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
 HEADINGS = ("arm", "rate", "budget", "forget", "retain", "test", "tug (floor)", "disagree", "AUC (refs)", "steps", "s")
 
 
-def cells(line: Mapping[str, object]) -> list[str]:
+def cells(line: Mapping[str, object], text: Callable[[Mapping[str, object], str], str] = interval) -> list[str]:
     """A line of the comparison table as text, under `HEADINGS`."""
     rate, budget = line["learning_rate"], line["budget"]
     return [
-        str(line["arm"]),
+        name_of(line),
         "" if rate is None else f"{rate:g}",
         "" if budget is None else f"{budget:g}",
-        *(interval(line, split) for split in ("forget", "retain", "test")),
+        *(text(line, split) for split in ("forget", "retain", "test")),
         f"{number(line['tug_of_war'], 3)} ({number(line['tug_of_war_floor'], 3)})",
         number(line["excess_disagreement"]),
         f"{number(line['membership_auc'])} ({number(line['reference_auc'])})",
@@ -284,20 +361,21 @@ def cells(line: Mapping[str, object]) -> list[str]:
 
 
 def render(frame: pl.DataFrame) -> list[Table]:
-    """One terminal table per forget set, for 120 columns."""
+    """One terminal table per forget set and draw, for 120 columns."""
     tables = []
-    for (forget_set,), group in frame.group_by("forget_set", maintain_order=True):
+    for (forget_set, draw), group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
         lines = group.to_dicts()
         table = Table(
             title=f"\n{forget_set}: reference - run in points ± half of the 95 % interval; "
-            f"{lines[0]['num_references']} references, {lines[0]['num_runs']} runs a line, given the forget draw",
+            f"{lines[0]['num_references']} references, {counted(group['num_runs'].to_list())} runs a line, "
+            f"conditional on the forget draw ({draw})",
             title_justify="left",
             title_style="bold",
             padding=(0, 1, 0, 0),
             box=None,
         )
         for name in HEADINGS:
-            table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+            table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name != "arm")
         for line in lines:
             table.add_row(*cells(line))
         tables.append(table)
