@@ -38,11 +38,12 @@ def export(store: Store) -> str:
             for epoch, value in enumerate(values, 1)
         ),
     }
-    for name, items in lines.items():
-        table = pa.Table.from_pylist(list(items), schema=TABLES[name])
+    # all before the first is written: what is damaged leaves the last export whole
+    tables = {name: pa.Table.from_pylist(list(items), schema=TABLES[name]) for name, items in lines.items()}
+    tables["memorization"] = _scores_table(store, "memorization", ".parquet")
+    tables["examples"] = _scores_table(store, "examples", ".examples.parquet")
+    for name, table in tables.items():
         results.put_table(store, f"exports/{name}.parquet", table, footer)
-    for name, suffix in (("memorization", ".parquet"), ("examples", ".examples.parquet")):
-        results.put_table(store, f"exports/{name}.parquet", _scores_table(store, name, suffix), footer)
     return export_id
 
 

@@ -271,7 +271,15 @@ def put_outputs(store: Store, key: str, outputs: Outputs) -> None:
 
 
 def get_outputs(store: Store, key: str) -> dict[str, SplitOutputs]:
-    arrays = unpack(store, f"outputs/{key}.safetensors")
+    """The outputs of a finished run; raises InputError where they are lost or damaged."""
+    name = f"outputs/{key}.safetensors"
+    try:
+        arrays = unpack(store, name)
+    except (FileNotFoundError, InputError):
+        raise InputError(
+            f"{store.url(name)} is missing or damaged; remove the run's {store.url(f'rows/{key}.json')} "
+            "and run its sweep again, which computes this run anew"
+        ) from None
     splits = {name.partition(".")[0] for name in arrays}
     return {
         split: SplitOutputs(

@@ -205,6 +205,25 @@ def test_a_row_cut_in_half_is_named_and_nothing_else_is_lost(finished: Path, tmp
     assert rows(store) == rows(finished)
 
 
+def test_damaged_outputs_are_named_and_the_last_export_stays_whole(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    store = tmp_path / "copy"
+    shutil.copytree(finished, store)
+    victim = sorted((store / "outputs").glob("*.safetensors"))[2]
+    exports = contents(store, "exports", ".parquet")
+    victim.write_bytes(victim.read_bytes()[:50])
+    refused = run("export", "--storage", str(store))
+    assert refused.returncode == 2, refused.stderr
+    assert f"rows/{victim.stem}.json" in refused.stderr
+    assert contents(store, "exports", ".parquet") == exports
+    (store / "rows" / f"{victim.stem}.json").unlink()  # as the message says
+    mended = run("sweep", "digits", *OPTIONS, "--storage", str(store), "--tracking-uri", "none")
+    assert mended.returncode == 0, mended.stderr
+    assert rows(store) == rows(finished)
+    assert run("export", "--storage", str(store)).returncode == 0
+
+
 BAD = {
     "recipe": ["sweep", "digit"],
     "field": ["sweep", "digits", "--set", "traning.epochs=3"],
