@@ -23,7 +23,7 @@ _EXCLUDED = [".git", ".venv", "runs", "tests", "analysis/*.png", "*.parquet", "*
 def run(words: list[str], address: str, submission_id: str | None, *, wait: bool) -> None:
     """Submit the words after -- as a job; the exit code is that of its driver."""
     _check(words)
-    prepare_ray()
+    prepare_ray(is_client=True)
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 

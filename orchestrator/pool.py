@@ -55,10 +55,10 @@ def ray_cluster(
     `workers` defaults to what the cluster's cores and GPUs allow. Raises InputError where no Ray answers, or where
     the cluster can hold no worker.
     """
-    prepare_ray()
+    target = address or os.environ.get("RAY_ADDRESS")
+    prepare_ray(is_client=target is not None)
     import ray
 
-    target = address or os.environ.get("RAY_ADDRESS")
     environment = {"env_vars": WORKER_ENVIRONMENT}
     scratch = None
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "runtime_env": environment}
@@ -89,12 +89,15 @@ def ray_cluster(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def prepare_ray() -> None:
-    """Set Ray's environment, before it is imported; a token at hand is used (clients leave it aside by default)."""
+def prepare_ray(*, is_client: bool) -> None:
+    """Set Ray's environment, before it is imported.
+
+    A client of a cluster uses a token at hand, which Ray by default leaves aside; a Ray of our own sees to its token.
+    """
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), "~/.ray/auth_token"]
     has_token = "RAY_AUTH_TOKEN" in os.environ or any(Path(p).expanduser().is_file() for p in places if p)
-    if has_token and "RAY_AUTH_MODE" not in os.environ:
+    if is_client and has_token and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
