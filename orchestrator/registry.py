@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import math
+import pkgutil
 import re
 import sys
 import types
@@ -267,6 +268,12 @@ class Registry(Mapping[str, Entry[F]]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
+
+
+def load_modules(package: str) -> None:
+    """Import every module of a package, so that what they register is there; called by the package itself."""
+    for module in pkgutil.iter_modules(sys.modules[package].__path__):
+        importlib.import_module(f"{package}.{module.name}")
 
 
 def canonical_json(value: object) -> str:

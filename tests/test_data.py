@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from orchestrator.data import DATASETS, Dataset, SplitOutputs, digits, image_parquet, stratified_split
+from orchestrator.data import DATASETS, Dataset, SplitOutputs, stratified_split
+from orchestrator.data.embedded import digits
+from orchestrator.data.parquet import image_parquet
 from orchestrator.registry import InputError
 
 # ---- outputs -------------------------------------------------------------------------------------------------------

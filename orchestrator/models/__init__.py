@@ -1,0 +1,8 @@
+"""Image classifiers, initialized by a generator that the caller names. Every module here is loaded on import."""
+
+from orchestrator.models.base import MODELS, Factory, factory, head_names
+from orchestrator.registry import load_modules
+
+load_modules(__name__)
+
+__all__ = ["MODELS", "Factory", "factory", "head_names"]

@@ -1,0 +1,40 @@
+"""The registry of image classifiers, how they are made, and which parameters are their head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from orchestrator.registry import Registry, Value
+
+Factory = Callable[[torch.Generator], nn.Module]
+"""Makes a newly initialized model of one architecture (what methods call `fresh`)."""
+
+MODELS: Registry[Callable[..., nn.Module]] = Registry("model", frozenset({"image_shape", "num_classes"}))
+
+
+def factory(name: str, options: Mapping[str, Value], image_shape: tuple[int, int, int], num_classes: int) -> Factory:
+    """A function from a generator to a new model in channels_last layout; the same stream gives the same weights.
+
+    `image_shape` is channels, height, width.
+    """
+    entry = MODELS[name]
+    resolved = entry.resolve(options)
+
+    def fresh(generator: torch.Generator) -> nn.Module:
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model: nn.Module = entry({"image_shape": image_shape, "num_classes": num_classes}, resolved)
+        return model.to(memory_format=torch.channels_last)
+
+    return fresh
+
+
+def head_names(model: nn.Module) -> frozenset[str]:
+    """The parameters of the classifier: the last linear layer in order of definition."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    prefix = f"{linear[-1]}." if linear and linear[-1] else ""
+    return frozenset(name for name, _ in model.named_parameters() if linear and name.startswith(prefix))

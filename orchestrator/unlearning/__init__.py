@@ -1,0 +1,8 @@
+"""Unlearning methods. Every module here is loaded on import: a new method is one function in one of them."""
+
+from orchestrator.registry import load_modules
+from orchestrator.unlearning.base import METHODS
+
+load_modules(__name__)
+
+__all__ = ["METHODS"]

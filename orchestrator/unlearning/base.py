@@ -1,0 +1,22 @@
+"""The registry of unlearning methods: a model and what the method declares go in, a new model comes out.
+
+A method names in its signature what it is given, and gets nothing else: `model` (the original), `mask` (None: all
+parameters), `forget`, `retain`, `validation` (Examples), `fresh` (generator -> new model), `generator`, `training`
+(how originals are trained), `report` (told after each epoch). What remains, after `*`, are its options. A method
+that does not take `model` has no original; one that does not take `mask` has no localization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from orchestrator.registry import Registry
+
+METHODS: Registry[Callable[..., nn.Module]] = Registry(
+    "method",
+    frozenset(
+        {"model", "mask", "forget", "retain", "validation", "fresh", "generator", "training", "report", "num_classes"}
+    ),
+)
