@@ -91,6 +91,7 @@ def open_session(options: Options) -> Session:
     study = make_study(options)
     store = open_store(options.storage)
     dataset: Dataset = study.data.entry({}, study.data.options)
+    study = planning.pinned(study, dataset, store)
     context = Context(store, plugins, study.data.label, git_commit())
     return Session(options, study, dataset, store, planning.make(study, dataset, store), context)
 

@@ -162,7 +162,7 @@ def print_overlaps(session: Session) -> None:
     sets = {}
     for spec in session.study.forget_specs(session.dataset.fingerprint):
         scores = None if spec.scores is None else memorization_scores(session.store, spec.scores)
-        sets[spec.rule.name] = forget_indices(session.dataset, spec, scores)
+        sets[spec.rule.name] = forget_indices(session.dataset, spec, scores, session.store)
     sizes = ", ".join(f"{name} {len(indices)}" for name, indices in sets.items())
     shared = ", ".join(f"{a} and {b} {n}" for a, b, n in planning.overlaps(sets))
     console.print(f"forget sets: {sizes}" + (f"; in common: {shared}" if shared else ""), highlight=False)

@@ -5,6 +5,7 @@ Workspace wraps it for a worker: it fetches inputs from the store, and puts what
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 import traceback
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from orchestrator import results
 from orchestrator.data import Dataset, Examples, Outputs, SplitOutputs, Splits
-from orchestrator.localization import Scores, localize, select
+from orchestrator.localization import Ranking, Scores, localize, rank
 from orchestrator.memorization import BLOCK_SIZE, block_membership
 from orchestrator.metrics import METRICS
 from orchestrator.models import Factory, factory, head_names
@@ -101,13 +102,15 @@ def train_block(lab: Lab, spec: CampaignSpec, block: int) -> dict[str, np.ndarra
     return {"membership": membership, **{name: np.stack(parts) for name, parts in arrays.items()}}
 
 
-def forget_indices(dataset: Dataset, spec: ForgetSpec, scores: np.ndarray | None) -> np.ndarray:
+def forget_indices(dataset: Dataset, spec: ForgetSpec, scores: np.ndarray | None, store: Store) -> np.ndarray:
     """Draw a forget set: sorted indices into the training set."""
     available = {
         "labels": dataset.split_labels("train"),
         "true_labels": dataset.split_true_labels("train"),
+        "class_names": dataset.class_names,
         "memorization": scores,
         "rng": numpy_generator(spec.draw, "forget set", spec.rule.name),
+        "files": store.get,
     }
     indices: np.ndarray = spec.rule.entry(available, spec.rule.options)
     return indices
@@ -129,6 +132,7 @@ def localize_run(spec: LocalizationSpec, original: nn.Module, splits: Splits, ba
         splits,
         generator=generator(spec.seed or 0, "localization"),
         base=base,
+        granularity=spec.granularity,
     )
 
 
@@ -145,17 +149,16 @@ class Finished:
 
 
 def run(
-    lab: Lab, spec: RunSpec, forget: np.ndarray, splits: Splits, original: nn.Module | None, scores: Scores | None
+    lab: Lab, spec: RunSpec, forget: np.ndarray, splits: Splits, original: nn.Module | None, ranking: Ranking | None
 ) -> Finished:
     """Unlearn (or retrain), predict on every split, and measure."""
     mask = None
-    if spec.mask is not None and scores is not None and original is not None:
-        mask = select(
-            scores,
+    if spec.mask is not None and ranking is not None and original is not None:
+        mask = ranking.mask(
             spec.mask.budget,
-            spec.mask.granularity,
-            head=head_names(original) if spec.mask.train_head else frozenset(),
+            head=head_names(original),
             train_head=spec.mask.train_head,
+            freeze_statistics=spec.mask.freeze_statistics,
         )
     losses: list[float] = []
     steps: list[int] = []
@@ -191,9 +194,38 @@ def run(
             "trainable": mask.num_trainable,
             "realised_budget": mask.num_reset / mask.num_entries,
             "effective_budget": mask.num_trainable / mask.num_entries,
+            "reset_channels": _channels(mask.reset),
+            "trainable_channels": _channels(mask.trainable),
+        }
+    moved: dict[str, Tensor] = {}
+    if original is not None:
+        moved = _moved(original, model)
+        measurements |= {
+            "moved": sum(int(part.sum()) for part in moved.values()),
+            "moved_channels": _channels(moved),
+            "distance": _distance(original, model),
         }
     outputs = _outputs(lab, model, forget)
-    return Finished(model, outputs, {"loss": losses} if losses else {}, measurements, _layers(mask), seconds)
+    return Finished(model, outputs, {"loss": losses} if losses else {}, measurements, _layers(mask, moved), seconds)
+
+
+def _moved(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Which entries differ, by parameter."""
+    old = dict(before.named_parameters())
+    return {name: (parameter != old[name]).cpu() for name, parameter in after.named_parameters()}
+
+
+def _distance(before: nn.Module, after: nn.Module) -> float:
+    """Euclidean distance between the parameters of two models."""
+    old = dict(before.named_parameters())
+    return math.sqrt(
+        sum(float(((p.detach() - old[name].detach()).double() ** 2).sum()) for name, p in after.named_parameters())
+    )
+
+
+def _channels(parts: Mapping[str, Tensor]) -> int:
+    """How many output channels (rows of tensors with two axes or more) hold a marked entry."""
+    return sum(int(part.flatten(1).any(1).sum()) for part in parts.values() if part.ndim > 1)
 
 
 def _outputs(lab: Lab, model: nn.Module, forget: np.ndarray) -> dict[str, SplitOutputs]:
@@ -215,11 +247,11 @@ def _outputs(lab: Lab, model: nn.Module, forget: np.ndarray) -> dict[str, SplitO
     }
 
 
-def _layers(mask: Mask | None) -> tuple[results.Layer, ...]:
+def _layers(mask: Mask | None, moved: Mapping[str, Tensor]) -> tuple[results.Layer, ...]:
     if mask is None:
         return ()
     return tuple(
-        results.Layer(name, part.numel(), int(part.sum()), int(mask.trainable[name].sum()))
+        results.Layer(name, part.numel(), int(part.sum()), int(mask.trainable[name].sum()), int(moved[name].sum()))
         for name, part in mask.reset.items()
     )
 
@@ -338,15 +370,24 @@ class Workspace:
         assert isinstance(task.spec, LocalizationSpec)
         _, splits = self.forget(task.spec.forget)
         base = self._base_scores(task.spec, splits)
+        original = self.original(task.spec.original)
+        start = time.perf_counter()
         with self._timed():
-            scores = localize_run(task.spec, self.original(task.spec.original), splits, base)
-        self._put_tensors(task.object_name, scores)
+            scores = localize_run(task.spec, original, splits, base)
+        self._put_tensors(task.object_name, scores, {"seconds": f"{time.perf_counter() - start:.6f}"})
         return 0
 
     def _base_scores(self, spec: LocalizationSpec, splits: Splits) -> Scores | None:
         if spec.base is None:
             return None
-        base = LocalizationSpec(original=spec.original, forget=spec.forget, strategy=spec.base)
+        inputs = spec.base.entry.inputs
+        base = LocalizationSpec(
+            original=spec.original,
+            forget=spec.forget,
+            strategy=spec.base,
+            seed=spec.seed if "generator" in inputs else None,
+            granularity=spec.granularity if "granularity" in inputs else None,
+        )
         if self.store.exists(Task("localization", base).object_name):
             return self.localization(base)
         return localize_run(base, self.original(spec.original), splits, None)
@@ -356,9 +397,9 @@ class Workspace:
         assert isinstance(spec, RunSpec)
         indices, splits = self.forget(spec.forget)
         original = self.original(spec.original) if spec.original else None
-        scores = self.localization(spec.localization) if spec.localization else None
+        ranking = self._ranking(spec)
         with self._timed():
-            finished = run(self.lab, spec, indices, splits, original, scores)
+            finished = run(self.lab, spec, indices, splits, original, ranking)
         name = key(spec)
         if spec.is_reference:
             self._put_tensors(f"models/{name}.safetensors", finished.model.state_dict())
@@ -380,6 +421,7 @@ class Workspace:
                 "data": self.context.data,
                 "model": spec.setting.model.label,
                 "seconds": finished.seconds,
+                "localization_seconds": self._localization_seconds(spec),
                 "host": socket.gethostname(),
                 "numerics": self.lab.numerics,
                 "git_commit": self.context.git_commit,
@@ -387,12 +429,20 @@ class Workspace:
             },
         )
 
+    def _localization_seconds(self, spec: RunSpec) -> float | None:
+        """What the scores cost, once for all budgets and methods that share them."""
+        if spec.localization is None:
+            return None
+        name = Task("localization", spec.localization).object_name
+        said = self._kept_or(f"header of {name}", lambda: results.metadata_of(self.store, name))
+        return float(said["seconds"]) if "seconds" in said else None
+
     def forget(self, spec: ForgetSpec) -> tuple[np.ndarray, Splits]:
         """A forget set's indices, and the training set cut by them."""
 
         def make() -> tuple[np.ndarray, Splits]:
             scores = None if spec.scores is None else memorization_scores(self.store, spec.scores)
-            indices = forget_indices(self.lab.dataset, spec, scores)
+            indices = forget_indices(self.lab.dataset, spec, scores, self.store)
             return indices, split_examples(self.lab, indices)
 
         return self._kept_or(key(spec), make)
@@ -416,13 +466,21 @@ class Workspace:
 
         return self._kept_or(key(spec), make)
 
+    def _ranking(self, spec: RunSpec) -> Ranking | None:
+        """The order in which a run's mask is selected: one sort for all budgets."""
+        localization, mask = spec.localization, spec.mask
+        if localization is None or mask is None:
+            return None
+        name = f"{key(localization)} {mask.granularity} {mask.h!r}"
+        return self._kept_or(name, lambda: rank(self.localization(localization), mask.granularity, mask.h))
+
     def _tensors(self, name: str) -> dict[str, Tensor]:
         # through numpy: one reader, and one sentence for a damaged object
         return {part: torch.tensor(array) for part, array in results.unpack(self.store, name).items()}
 
-    def _put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def _put_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         plain = {part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}
-        self.store.put(name, safetensors.torch.save(plain))
+        self.store.put(name, safetensors.torch.save(plain, dict(metadata) if metadata else None))
 
 
 @contextmanager

@@ -58,6 +58,9 @@ def run_line(row: Row) -> dict[str, Any]:
         "effective_budget": row.measurements.get("effective_budget"),
         "steps_ratio": row.measurements.get("steps_ratio"),
         "seconds": row.provenance["seconds"],
+        "localization_seconds": row.provenance.get("localization_seconds"),
+        "moved": row.measurements.get("moved"),
+        "distance": row.measurements.get("distance"),
         "numerics": row.provenance["numerics"],
         "git_commit": row.provenance["git_commit"],
     }
@@ -82,8 +85,22 @@ def _spec_columns(spec: Mapping[str, Any]) -> dict[str, Any]:
         "learning_rate": method["options"].get("lr"),
         "seed": spec["seed"],
         "original_seed": spec["original_seed"],
-        "options": canonical_json(method["options"]),
+        "options": canonical_json(method["options"] | _mask_options(mask)),
     }
+
+
+def _mask_options(mask: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a mask beside strategy, granularity and budget, where it differs from the default."""
+    if not mask:
+        return {}
+    plain = {"h": "released", "train_head": True, "freeze_statistics": False}
+    options = {f"mask.{name}": mask[name] for name, default in plain.items() if mask.get(name, default) != default}
+    for part in ("strategy", "base"):
+        given = mask[part] or {"name": "", "options": {}}
+        if part == "base" and mask[part]:
+            options["base"] = given["name"]
+        options |= {f"{part}.{name}": value for name, value in given["options"].items() if name != "batch_size"}
+    return options
 
 
 def member_lines(sweeps: Iterable[Sweep]) -> Iterator[dict[str, Any]]:

@@ -2,29 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import random as python_random
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 
-from orchestrator.registry import InputError, Registry
+from orchestrator.registry import Added, Count, File, InputError, Registry, suggest
 
 FORGET_SETS: Registry[Callable[..., np.ndarray]] = Registry(
-    "forget set", frozenset({"labels", "true_labels", "memorization", "rng"})
+    "forget set", frozenset({"labels", "true_labels", "class_names", "memorization", "rng", "files"})
 )
-"""Functions of training labels int64 [n] (and `true_labels`, `memorization` scores float64 [n], `rng`) that return
-sorted training indices int64."""
+"""Functions of training labels int64 [n] (and `true_labels`, `class_names`, `memorization` scores float64 [n], `rng`,
+`files`: a user's file by the value of an option marked File) that return sorted training indices int64."""
+
+RELEASED_SEED = 25  # random.seed of the code released with DEL
 
 
 @FORGET_SETS
-def random(labels: np.ndarray, rng: np.random.Generator, *, fraction: float = 0.1) -> np.ndarray:
-    """A uniform draw from the training set (`fraction` of it)."""
-    count = round(fraction * len(labels))
-    if not 0 < count < len(labels):
+def random(
+    labels: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    fraction: float = 0.1,
+    as_released: Annotated[bool, Added()] = False,
+) -> np.ndarray:
+    """A uniform draw from the training set (`fraction` of it; `as_released`: the one draw of the code of DEL)."""
+    return _drawn("random", np.arange(len(labels)), len(labels), fraction, None if as_released else rng)
+
+
+@FORGET_SETS
+def random_of_classes(
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    rng: np.random.Generator,
+    *,
+    classes: tuple[str, ...],
+    fraction: float = 0.1,
+    as_released: bool = False,
+) -> np.ndarray:
+    """A uniform draw from some classes (`fraction` of the whole training set), DEL's Non-IID setting.
+
+    `classes` are names or numbers from 0. `as_released`: the draw of the released code, `random.seed(25)`.
+    """
+    numbers = [class_number(name, class_names) for name in classes]
+    candidates = np.flatnonzero(np.isin(labels, numbers))
+    return _drawn("random_of_classes", candidates, len(labels), fraction, None if as_released else rng)
+
+
+def _drawn(
+    name: str, candidates: np.ndarray, total: int, fraction: float, rng: np.random.Generator | None
+) -> np.ndarray:
+    """Draw `fraction` of `total` from the candidates; without a generator as released with DEL."""
+    count = round(fraction * total)
+    allowed = min(len(candidates), total - 1)
+    if not 0 < count <= allowed:
         raise InputError(
-            f"forget set random: fraction {fraction} of {len(labels)} examples is {count}; "
-            f"allowed: 1 to {len(labels) - 1}"
+            f"forget set {name}: fraction {fraction} of {total} examples is {count}; allowed: 1 to {allowed}"
         )
-    return np.sort(rng.choice(len(labels), count, replace=False))
+    if rng is None:
+        return np.sort(np.array(python_random.Random(RELEASED_SEED).sample(candidates.tolist(), count)))
+    return np.sort(rng.choice(candidates, count, replace=False))
+
+
+def class_number(name: str, class_names: Sequence[str]) -> int:
+    """The number of a class given by name or number; InputError where there is none."""
+    if name in class_names:
+        return list(class_names).index(name)
+    if name.isdecimal() and int(name) < len(class_names):
+        return int(name)
+    raise InputError(f"class {name!r} does not exist; {suggest(name, class_names)} or 0 to {len(class_names) - 1}")
+
+
+@FORGET_SETS
+def whole_class(labels: np.ndarray, class_names: Sequence[str], *, label: str) -> np.ndarray:
+    """All training examples of one class, given by name or number."""
+    indices = np.flatnonzero(labels == class_number(label, class_names))
+    if not 0 < len(indices) < len(labels):
+        raise InputError(f"forget set whole_class: class {label!r} has {len(indices)} of {len(labels)} examples")
+    return indices
+
+
+@FORGET_SETS
+def file(labels: np.ndarray, files: Callable[[str], bytes], *, path: Annotated[str, File()]) -> np.ndarray:
+    """A user's own training indices, from 0: text, CSV or Parquet (column `index`, or the only one) or npy."""
+    indices = _parsed(path, files(path))
+    if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
+        raise InputError(
+            f"forget file {path!r} holds {indices.dtype} {indices.shape}; allowed: a list of whole numbers"
+        )
+    outside = indices[(indices < 0) | (indices >= len(labels))]
+    if len(outside):
+        raise InputError(f"forget file {path!r} has the index {outside[0]}; allowed: 0 to {len(labels) - 1}")
+    values, counts = np.unique(indices, return_counts=True)
+    if len(values) < len(indices):
+        raise InputError(f"forget file {path!r} has the index {values[counts > 1][0]} twice; allowed: distinct indices")
+    if not 0 < len(values) < len(labels):
+        raise InputError(f"forget file {path!r} has {len(values)} indices; allowed: 1 to {len(labels) - 1}")
+    return values.astype(np.int64)
+
+
+def _parsed(path: str, content: bytes) -> np.ndarray:
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    try:
+        if path.endswith(".npy"):
+            loaded: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+            return loaded
+        if path.endswith((".parquet", ".csv")):
+            source = pa.BufferReader(content)
+            table = parquet.read_table(source) if path.endswith(".parquet") else csv.read_csv(source)
+            return _only_column(table, path)
+        return np.array([int(word) for word in content.decode().split()], dtype=np.int64)
+    except (ValueError, OSError, pa.ArrowException) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).split("\n", 1)[0]
+        raise InputError(
+            f"forget file {path!r} cannot be read: {reason}; allowed: numbers in text, .csv, .parquet or .npy"
+        ) from None
+
+
+def _only_column(table: Any, path: str) -> np.ndarray:
+    if "index" not in table.column_names and len(table.column_names) != 1:
+        raise InputError(
+            f"forget file {path!r} has the columns {', '.join(table.column_names)}; name one of them index"
+        )
+    column: np.ndarray = table["index" if "index" in table.column_names else 0].to_numpy()
+    return column
 
 
 @FORGET_SETS
@@ -48,3 +155,23 @@ def most_memorized(
         raise InputError(f"forget set most_memorized: count is {count}; allowed: 1 to {len(candidates)}")
     order = np.argsort(-memorization[candidates], kind="stable")
     return np.sort(candidates[order[:count]])
+
+
+@FORGET_SETS
+def least_memorized(labels: np.ndarray, memorization: np.ndarray, *, count: Count = 60) -> np.ndarray:
+    """The training examples with the lowest memorization scores."""
+    return _nearest("least_memorized", labels, memorization, count)
+
+
+@FORGET_SETS
+def middle_memorized(
+    labels: np.ndarray, memorization: np.ndarray, *, count: Count = 60, centre: float = 0.5
+) -> np.ndarray:
+    """The training examples whose memorization scores are nearest to `centre` (Zhao et al. 2024: one half)."""
+    return _nearest("middle_memorized", labels, np.abs(memorization - centre), count)
+
+
+def _nearest(name: str, labels: np.ndarray, distance: np.ndarray, count: int) -> np.ndarray:
+    if count >= len(labels):
+        raise InputError(f"forget set {name}: count is {count}; allowed: 1 to {len(labels) - 1}")
+    return np.sort(np.argsort(distance, kind="stable")[:count])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,19 @@ import pyarrow as pa
 from orchestrator import results
 from orchestrator.data import Dataset
 from orchestrator.experiment import Task
+from orchestrator.localization import num_selected
 from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate, split_half_correlation
-from orchestrator.registry import InputError
+from orchestrator.models import factory
+from orchestrator.registry import File, InputError
 from orchestrator.results import Member, Sweep
-from orchestrator.specs import CampaignSpec, ScoresSpec, key
+from orchestrator.seeds import generator
+from orchestrator.specs import CampaignSpec, ForgetSet, ScoresSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
 
 NUM_PICTURES = 25  # images of the most memorized examples kept with the scores, for the report
+
+PINNED = "files/"  # where users' files are kept in a store
 
 _SCHEMAS = {name: results.TABLES[name].remove(0) for name in ("memorization", "examples")}
 
@@ -104,23 +111,58 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
         for name in store.names(folder)
     )
     plan = Plan(study, dataset.fingerprint, present)
-    for forget in study.forget_specs(dataset.fingerprint):
-        _check_forget_set(forget.rule, dataset)
+    for rule in study.forget_sets:
+        _check_forget_set(rule, dataset, store.get)
+    _check_budgets(study, dataset)
     for task in (*plan.references(), *plan.runs()):
         if task.object_name in present:
             results.get_row(store, key(task.spec))
     return plan
 
 
-def _check_forget_set(rule: Any, dataset: Dataset) -> None:
+def pinned(study: Study, dataset: Dataset, store: Store) -> Study:
+    """The study with the files that its forget sets name checked, copied into the store and named by their content."""
+    rules = tuple(_pinned_rule(rule, dataset, store) for rule in study.forget_sets)
+    return study.model_copy(update={"forget_sets": rules})
+
+
+def _pinned_rule(rule: ForgetSet, dataset: Dataset, store: Store) -> ForgetSet:
+    options = dict(rule.options)
+    for name, option in rule.entry.options.items():
+        if not option.has_mark(File) or options[name].startswith(PINNED):
+            continue
+        path = Path(options[name])
+        if not path.is_file():
+            raise InputError(
+                f"{rule.name} file {str(path)!r} does not exist; give forget_sets.{rule.name}.{name} a file"
+            )
+        _check_forget_set(rule, dataset, lambda given: Path(given).read_bytes())  # errors name the user's own path
+        content = path.read_bytes()
+        options[name] = f"{PINNED}{hashlib.sha256(content).hexdigest()[:32]}{path.suffix}"
+        if not store.exists(options[name]):
+            store.put(options[name], content)
+    return ForgetSet(name=rule.name, options=options)
+
+
+def _check_forget_set(rule: ForgetSet, dataset: Dataset, files: Callable[[str], bytes]) -> None:
     """Draw the set once on stand-in scores: what it refuses, it refuses before anything is trained."""
     available = {
         "labels": dataset.split_labels("train"),
         "true_labels": dataset.split_true_labels("train"),
+        "class_names": dataset.class_names,
         "memorization": np.zeros(len(dataset.splits["train"])),
         "rng": np.random.default_rng(0),
+        "files": files,
     }
     rule.entry(available, rule.options)
+
+
+def _check_budgets(study: Study, dataset: Dataset) -> None:
+    """Make the model once: it must take images of this size, and every budget must select an entry of it."""
+    make = factory(study.model.name, study.model.options, dataset.image_shape, dataset.num_classes)
+    entries = sum(parameter.numel() for parameter in make(generator(0, "check")).parameters())
+    for budget in {budget for arm in study.methods.values() for budget in arm.budget if budget is not None}:
+        num_selected(budget, entries)
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------

@@ -49,6 +49,16 @@ class Bounds:
         return " ".join(f"{word} {bound:g}" for word, bound in named.items() if math.isfinite(bound))
 
 
+@dataclass(frozen=True)
+class Added:
+    """Marks an option that came after a release: at its default it stays out of keys, so that older keys hold."""
+
+
+@dataclass(frozen=True)
+class File:
+    """Marks an option that names a user's file: its content enters keys, its path does not."""
+
+
 Count = Annotated[int, Bounds(at_least=1)]
 Positive = Annotated[float, Bounds(above=0)]
 NonNegative = Annotated[float, Bounds(at_least=0)]
@@ -73,7 +83,7 @@ def coerce(value: object, annotation: Any, what: str) -> Value:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         number = coerce(value, arguments[0], what)
-        if not all(bound.holds(number) for bound in arguments[1:]):
+        if not all(bound.holds(number) for bound in arguments[1:] if isinstance(bound, Bounds)):
             raise InputError(f"{what} is {number}; allowed: {_spell(annotation)}")
         return number
     if origin in (types.UnionType, typing.Union):
@@ -147,7 +157,7 @@ def _spell(annotation: Any) -> str:
         return "none"
     if typing.get_origin(annotation) is typing.Annotated:
         kind, *bounds = typing.get_args(annotation)
-        return " ".join([_spell(kind), *map(str, bounds)])
+        return " ".join([_spell(kind), *(str(bound) for bound in bounds if isinstance(bound, Bounds))])
     if typing.get_origin(annotation) is tuple:
         return f"a list of {_spell(typing.get_args(annotation)[0])}"
     if typing.get_origin(annotation) is Literal:
@@ -171,6 +181,10 @@ class Option:
     @property
     def is_required(self) -> bool:
         return self.default is _REQUIRED
+
+    def has_mark(self, kind: type) -> bool:
+        """Whether the annotation carries a mark of this kind (Added, File)."""
+        return any(isinstance(mark, kind) for mark in getattr(self.annotation, "__metadata__", ()))
 
 
 @dataclass(frozen=True)

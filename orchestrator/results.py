@@ -42,6 +42,9 @@ TABLES: Mapping[str, pa.Schema] = {
             ("options", _S, False),
             ("steps_ratio", _F, True),
             ("seconds", _F, True),
+            ("localization_seconds", _F, True),
+            ("moved", _I, True),
+            ("distance", _F, True),
             ("numerics", _S, True),
             ("git_commit", _S, True),
         ],
@@ -60,6 +63,7 @@ TABLES: Mapping[str, pa.Schema] = {
             ("entries", _I, False),
             ("reset", _I, False),
             ("trainable", _I, False),
+            ("moved", _I, True),
         ],
         "memorization": [
             ("scores_key", _S, False),
@@ -96,12 +100,13 @@ that has no row yet has status `failed`. `memorization` and `examples` have one 
 
 @dataclass(frozen=True)
 class Layer:
-    """How many entries of one parameter a mask resets and lets train."""
+    """How many entries of one parameter a mask resets, how many it lets train, and how many moved."""
 
     parameter: str
     entries: int
     reset: int
     trainable: int
+    moved: int | None = None  # None: a row from before it was counted
 
 
 @dataclass(frozen=True)
@@ -252,6 +257,14 @@ def unpack(store: Store, name: str) -> dict[str, np.ndarray]:
         raise InputError(
             f"{store.url(name)} is damaged ({error}); remove it and run the same command again, which computes it anew"
         ) from None
+
+
+def metadata_of(store: Store, name: str) -> dict[str, str]:
+    """What the header of a stored safetensors object says beside its arrays."""
+    content = store.get(name)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    found: dict[str, str] = header.get("__metadata__", {})
+    return found
 
 
 def half(logits: np.ndarray) -> np.ndarray:

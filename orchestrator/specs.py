@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from orchestrator.data import DATASETS
 from orchestrator.forget_sets import FORGET_SETS
-from orchestrator.localization import STRATEGIES
+from orchestrator.localization import STRATEGIES, TopH, granularities, has_own_budget
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.models import MODELS
-from orchestrator.registry import Entry, InputError, Registry, canonical_json
+from orchestrator.registry import Added, Entry, InputError, Registry, canonical_json, coerce
 from orchestrator.training import Training
 from orchestrator.unlearning import METHODS
 
@@ -156,23 +156,44 @@ class OriginalSpec(Spec):
 
 
 class LocalizationSpec(Spec):
-    """The scores of one strategy for one original and forget set; all budgets share them."""
+    """The scores of one strategy for one original and forget set; all budgets share them.
+
+    `granularity` is None for strategies whose scores do not depend on it.
+    """
 
     original: OriginalSpec
     forget: ForgetSpec
     strategy: Strategy
     base: Strategy | None = None
     seed: int | None = None
+    granularity: Literal["param", "channel"] | None = Field(default=None, json_schema_extra={"unhashed_at": None})
 
 
 class MaskSpec(Spec):
-    """How a run's mask is selected."""
+    """How a run's mask is selected; see localization.rank and Ranking.mask. A budget of None is the strategy's own."""
 
     strategy: Strategy
     base: Strategy | None = None
     granularity: Literal["param", "channel"]
-    budget: float = Field(gt=0, le=1)
+    budget: float | None = Field(gt=0, le=1)
     train_head: bool = True
+    h: str | int | float = Field(default="released", json_schema_extra={"unhashed_at": "released"})
+    freeze_statistics: bool = Field(default=False, json_schema_extra={"unhashed_at": False})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        object.__setattr__(self, "h", coerce(self.h, TopH, "h"))
+        check_granularity(self.strategy, self.granularity)
+        if self.budget is None and not has_own_budget(self.strategy.entry):
+            raise InputError(f"strategy {self.strategy.name} has no budget of its own; set budget to shares in (0, 1]")
+        return self
+
+
+def check_granularity(strategy: Strategy, granularity: str) -> None:
+    """Raise InputError where a strategy cannot be selected from at a granularity."""
+    allowed = granularities(strategy.entry)
+    if granularity not in allowed:
+        raise InputError(f"granularity of strategy {strategy.name} is {granularity}; allowed: {', '.join(allowed)}")
 
 
 class RunSpec(Spec):
@@ -203,12 +224,15 @@ class RunSpec(Spec):
         if self.mask is None or self.original is None:
             return None
         random = "generator" in self.mask.strategy.entry.inputs
+        parts = [part for part in (self.mask.strategy, self.mask.base) if part is not None]
+        depends = any("granularity" in part.entry.inputs for part in parts)
         return LocalizationSpec(
             original=self.original,
             forget=self.forget,
             strategy=self.mask.strategy,
             base=self.mask.base,
             seed=self.seed if random else None,
+            granularity=self.mask.granularity if depends else None,
         )
 
     @property
@@ -219,7 +243,11 @@ class RunSpec(Spec):
 def canonical(value: object) -> object:
     """A spec as plain JSON values, with the versions of the registered functions that it names."""
     if isinstance(value, Named):
-        return {"name": value.name, "version": value.entry.version, "options": canonical(value.options)}
+        declared = value.entry.options
+        hashed = {
+            n: o for n, o in value.options.items() if not (declared[n].has_mark(Added) and o == declared[n].default)
+        }
+        return {"name": value.name, "version": value.entry.version, "options": canonical(hashed)}
     if isinstance(value, Spec):
         fields = type(value).model_fields
         parts = {name: (getattr(value, name), fields[name].json_schema_extra) for name in fields}

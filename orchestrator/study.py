@@ -9,8 +9,9 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from orchestrator.localization import TopH, has_own_budget
 from orchestrator.memorization import BLOCK_SIZE
-from orchestrator.registry import InputError, suggest
+from orchestrator.registry import InputError, coerce, suggest
 from orchestrator.specs import (
     CampaignSpec,
     DataSource,
@@ -28,6 +29,8 @@ from orchestrator.specs import (
     Strategy,
     TrainingSpec,
     check_fraction,
+    check_granularity,
+    key,
 )
 from orchestrator.unlearning import METHODS
 
@@ -54,14 +57,21 @@ class Campaign(Spec):
 
 
 class Arm(Spec):
-    """A named combination of strategy, granularity and method; every list in it is an axis of the grid."""
+    """A named combination of strategy, granularity and method; every list in it is an axis of the grid.
+
+    A budget of None (`own` on the command line) is the one that the strategy ends at. For `h`, `train_head` and
+    `freeze_statistics` see localization.TopH, localization.Ranking.mask and training.Mask.
+    """
 
     method: str
     options: Mapping[str, tuple[Any, ...]] = Field(default_factory=dict)
     strategy: Strategy | None = None
     base: Strategy | None = None
     granularity: Literal["param", "channel"] = "channel"
-    budget: tuple[float, ...] = ()
+    budget: tuple[float | None, ...] = ()
+    h: int | float | str = "released"
+    train_head: bool = True
+    freeze_statistics: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -75,8 +85,9 @@ class Arm(Spec):
         if (self.strategy is not None or self.budget) and "mask" not in entry.inputs:
             raise InputError(f"method {self.method} chooses its own parameters: it takes no strategy or budget")
         for budget in self.budget:
-            if not 0 < budget <= 1:
+            if budget is not None and not 0 < budget <= 1:
                 raise InputError(f"budget is {budget}; allowed: a share of the parameter entries in (0, 1]")
+        object.__setattr__(self, "h", coerce(self.h, TopH, "h"))
         return self
 
     def check_whole(self) -> None:
@@ -89,6 +100,10 @@ class Arm(Spec):
         if wanted != (self.base is not None):
             name = f"strategy {self.strategy.name}" if self.strategy is not None else f"method {self.method}"
             raise InputError(f"{name} {'needs' if wanted else 'takes no'} base strategy")
+        if self.strategy is not None:
+            check_granularity(self.strategy, self.granularity)
+            if None in self.budget and not has_own_budget(self.strategy.entry):
+                raise InputError(f"strategy {self.strategy.name} has no budget of its own; allowed: shares in (0, 1]")
 
     def methods(self) -> Iterator[Method]:
         """Every combination of the options."""
@@ -102,13 +117,23 @@ class Arm(Spec):
             yield None
             return
         for budget in self.budget:
-            yield MaskSpec(strategy=self.strategy, base=self.base, granularity=self.granularity, budget=budget)
+            yield MaskSpec(
+                strategy=self.strategy,
+                base=self.base,
+                granularity=self.granularity,
+                budget=budget,
+                train_head=self.train_head,
+                h=self.h,
+                freeze_statistics=self.freeze_statistics,
+            )
 
 
 class Study(Spec):
     """An experiment before it is multiplied out.
 
-    Protocol `paired`: data and forget draw are fixed; original and unlearning seed vary together over `seeds`.
+    Protocol `paired`: data and forget draw are fixed; original and unlearning seed vary together over `seeds`. `del`,
+    as in the paper: one original (of seed `original_seed`) and one draw; unlearning varies. `joint`: forget draw,
+    original and unlearning vary together, and every draw has references of its own seeds; the data are fixed.
     """
 
     recipe: str
@@ -117,7 +142,9 @@ class Study(Spec):
     training: TrainingSpec
     campaign: Campaign = Campaign()
     forget_sets: tuple[ForgetSet, ...]
-    forget_draw: int = 0
+    protocol: Literal["paired", "del", "joint"] = "paired"
+    forget_draw: int = Field(default=0, ge=0)
+    original_seed: int = Field(default=0, ge=0)
     references: int = Field(default=5, ge=1)
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: Mapping[str, Arm]
@@ -146,19 +173,32 @@ class Study(Spec):
     def scores_spec(self, fingerprint: str) -> ScoresSpec:
         return ScoresSpec(campaign=self.campaign_spec(fingerprint), blocks=self.campaign.blocks)
 
+    def draw_of(self, seed: int) -> int:
+        """The forget draw that goes with a seed."""
+        return seed if self.protocol == "joint" else self.forget_draw
+
+    def original_of(self, seed: int) -> int:
+        """The seed of the original that goes with a seed."""
+        return self.original_seed if self.protocol == "del" else seed
+
+    def forget_spec(self, fingerprint: str, rule: ForgetSet, draw: int) -> ForgetSpec:
+        """A forget set as drawn; a rule that draws nothing has one draw."""
+        return ForgetSpec(
+            rule=rule,
+            draw=draw if "rng" in rule.entry.inputs else 0,
+            scores=self.scores_spec(fingerprint) if "memorization" in rule.entry.inputs else None,
+        )
+
     def forget_specs(self, fingerprint: str) -> list[ForgetSpec]:
-        scores = self.scores_spec(fingerprint)
-        return [
-            ForgetSpec(
-                rule=rule,
-                draw=self.forget_draw if "rng" in rule.entry.inputs else 0,
-                scores=scores if "memorization" in rule.entry.inputs else None,
-            )
-            for rule in self.forget_sets
+        """The distinct drawn forget sets, in the order of rules and seeds."""
+        specs = [
+            self.forget_spec(fingerprint, rule, self.draw_of(seed)) for rule in self.forget_sets for seed in self.seeds
         ]
+        return list({key(spec): spec for spec in specs}.values())
 
     def originals(self, fingerprint: str) -> list[OriginalSpec]:
-        return [OriginalSpec(setting=self.setting(fingerprint), seed=seed) for seed in self.seeds]
+        distinct = dict.fromkeys(self.original_of(seed) for seed in self.seeds)
+        return [OriginalSpec(setting=self.setting(fingerprint), seed=seed) for seed in distinct]
 
     def reference_runs(self, fingerprint: str) -> list[RunSpec]:
         return [
@@ -167,7 +207,7 @@ class Study(Spec):
                 forget=forget,
                 method=Method(name="retrain"),
                 original_seed=None,
-                seed=seed,
+                seed=seed + (forget.draw * self.references if self.protocol == "joint" else 0),
             )
             for forget in self.forget_specs(fingerprint)
             for seed in range(self.references)
@@ -176,19 +216,24 @@ class Study(Spec):
     def runs(self, fingerprint: str) -> list[tuple[str, RunSpec]]:
         """All runs of the grid with the name of their arm, in the order of forget sets, arms, axes and seeds."""
         setting = self.setting(fingerprint)
+        drawn = {
+            (rule.name, seed): self.forget_spec(fingerprint, rule, self.draw_of(seed))
+            for rule in self.forget_sets
+            for seed in self.seeds
+        }
         return [
             (
                 name,
                 RunSpec(
                     setting=setting,
-                    forget=forget,
+                    forget=drawn[rule.name, seed],
                     method=method,
-                    original_seed=seed if "model" in method.entry.inputs else None,
+                    original_seed=self.original_of(seed) if "model" in method.entry.inputs else None,
                     mask=mask,
                     seed=seed,
                 ),
             )
-            for forget in self.forget_specs(fingerprint)
+            for rule in self.forget_sets
             for name, arm in self.methods.items()
             for method in arm.methods()
             for mask in arm.masks()
@@ -243,7 +288,7 @@ def assign(study: Study, assignment: str) -> Study:
         changes = _arms(study.methods, rest, text, path)
     elif field == "seeds" and not rest:
         changes = text.split(",")
-    elif field in ("references", "forget_draw") and not rest:
+    elif field in ("references", "forget_draw", "original_seed", "protocol") and not rest:
         changes = text
     elif not rest and _arms_with(study, field):
         arms = _arms_with(study, field)
@@ -267,8 +312,18 @@ def _fields(study: Study) -> list[str]:
     named = [f"{part}.{option}" for part in ("data", "model") for option in getattr(study, part).entry.options]
     parts = [f"{p}.{field}" for p in ("training", "campaign") for field in type(getattr(study, p)).model_fields]
     axes = {option for arm in study.methods.values() for option in METHODS[arm.method].options}
-    plain = ["data", "model", "references", "seeds", "forget_draw", "forget_sets", "methods", "budget"]
-    return plain + named + parts + sorted(axes)
+    plain = [
+        "data",
+        "model",
+        "references",
+        "seeds",
+        "protocol",
+        "forget_draw",
+        "original_seed",
+        "forget_sets",
+        "methods",
+    ]
+    return [*plain, "budget", *named, *parts, *sorted(axes)]
 
 
 def _named(named: Any, rest: list[str], text: str, path: str) -> Named:
@@ -314,19 +369,24 @@ def _arms(arms: Mapping[str, Arm], rest: list[str], text: str, path: str) -> dic
 
 def _arm(arm: Arm, field: str, text: str, path: str) -> Arm:
     options = METHODS[arm.method].options
+    part, _, option = field.partition(".")
     if field == "budget":
-        changed: Arm = _rebuild(arm, "budget", text.split(","))
-    elif field == "granularity":
-        changed = _rebuild(arm, "granularity", text)
+        budgets = [None if share == "own" else share for share in text.split(",")]
+        changed: Arm = _rebuild(arm, "budget", budgets)
+    elif field in ("granularity", "h", "train_head", "freeze_statistics"):
+        changed = _rebuild(arm, field, text)
     elif field in ("strategy", "base"):
         changed = _rebuild(arm, field, None if text == "none" else checked(lambda: Strategy(name=text)))
+    elif part in ("strategy", "base") and getattr(arm, part) is not None:
+        changed = _rebuild(arm, part, _named(getattr(arm, part), [option], text, path))
     elif field in options:
         changed = _rebuild(arm, "options", {**arm.options, field: tuple(text.split(","))})
     else:
-        raise InputError(
-            f"unknown field {path!r}; {suggest(field, [*options, 'strategy', 'base', 'budget', 'granularity'])}"
-        )
+        raise InputError(f"unknown field {path!r}; {suggest(field, [*options, *set(Arm.model_fields) - _FIXED])}")
     return changed
+
+
+_FIXED = {"method", "options"}  # fields of an arm that --set does not name
 
 
 def _arms_with(study: Study, axis: str) -> set[str]:

@@ -40,11 +40,13 @@ class Mask:
     """A selection of parameter entries, each part one boolean tensor per parameter name.
 
     `reset`: the localized entries, as many as the budget says. `trainable`: the entries that training may move,
-    which is `reset` and, by DEL's head rule, the classifier.
+    which is `reset` and, by DEL's head rule, the classifier. `freeze_statistics` keeps the running statistics of batch
+    norm as they are, and trains with them; else they follow training, as released with DEL.
     """
 
     reset: Mapping[str, Tensor]
     trainable: Mapping[str, Tensor]
+    freeze_statistics: bool = False
 
     @property
     def num_entries(self) -> int:
@@ -116,13 +118,14 @@ def fit(
     `examples` may be a function of the epoch (from 0). `num_batches` cuts each epoch, so that models trained on
     subsets that differ in size by one take the same steps. Under a mask, entries outside `trainable` do not move by
     one bit, whatever momentum and weight decay do; under a mask with none trainable nothing moves, buffers included.
+    Batch-norm statistics follow training unless the mask freezes them.
     Raises FloatingPointError where the loss stops being finite.
     """
     if mask is not None and not any(bool(part.any()) for part in mask.trainable.values()):
         return model
     device = next(model.parameters()).device
     autocast = _autocast(device, training.precision)
-    model.train()
+    train_mode(model, mask)
     step = 0
     with _Restraint(model, mask) as restrained:
         optimizer = torch.optim.SGD(
@@ -158,6 +161,15 @@ def fit(
             if report is not None:
                 report(epoch + 1, per_epoch, mean)
     return model
+
+
+def train_mode(model: nn.Module, mask: Mask | None) -> None:
+    """Training mode; under a mask that freezes statistics, batch norm stays in evaluation mode."""
+    model.train()
+    if mask is not None and mask.freeze_statistics:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
 class _Restraint:

@@ -76,6 +76,13 @@ def _outputs(seed: int) -> dict[str, SplitOutputs]:
     return made
 
 
+REQUIRED = {  # options of forget sets that have no default
+    "file": {"path": "mine.txt"},
+    "random_of_classes": {"classes": "a,2"},
+    "whole_class": {"label": "c"},
+}
+
+
 def numbers() -> dict[str, dict[str, list[float]]]:
     """A few numbers of every built-in function on a toy, by kind and by name with version."""
     splits, fresh, model = _toy()
@@ -99,6 +106,7 @@ def numbers() -> dict[str, dict[str, list[float]]]:
         )
     for name, strategy in STRATEGIES.items():
         inputs = {"model": model, "splits": splits, "generator": generator(2, "golden"), "base": base}
+        inputs["granularity"] = "channel"
         scores = strategy(inputs, strategy.resolve({}))
         found["strategy"][f"{name} {strategy.version}"] = _summary(
             torch.cat([part.flatten() for part in scores.values()])
@@ -114,9 +122,10 @@ def numbers() -> dict[str, dict[str, list[float]]]:
         ]
     rng = numpy_generator(4, "golden")
     drawn = {"labels": np.arange(200) % 4, "true_labels": np.arange(200) % 4 - (np.arange(200) == 7), "rng": rng}
-    drawn["memorization"] = numpy_generator(5, "golden").random(200)
+    drawn |= {"memorization": numpy_generator(5, "golden").random(200), "class_names": tuple("abcd")}
+    drawn["files"] = {"mine.txt": b"3 1 2"}.__getitem__
     for name, rule in FORGET_SETS.items():
-        indices = rule(drawn, rule.resolve({}))
+        indices = rule(drawn, rule.resolve(REQUIRED.get(name, {})))
         found["forget set"][f"{name} {rule.version}"] = _summary(torch.tensor(indices))
     digits = DATASETS["digits"]
     data = digits({}, digits.resolve({"label_noise": 0.05}))

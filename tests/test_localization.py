@@ -1,7 +1,9 @@
 import math
+from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,21 +11,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchestrator.data import Splits
-from orchestrator.localization import GRANULARITIES, STRATEGIES, Scores, localize, random_within_tensor, select
+from orchestrator.data import Examples, Splits
+from orchestrator.localization import (
+    GRANULARITIES,
+    STRATEGIES,
+    Scores,
+    granularities,
+    has_own_budget,
+    localize,
+    rank,
+    select,
+)
+from orchestrator.localization.positions import random_within_tensor
 from orchestrator.models import head_names
 from orchestrator.registry import InputError
 from orchestrator.seeds import generator
-from orchestrator.training import Mask, clone
+from orchestrator.specs import MaskSpec, Strategy
+from orchestrator.training import Mask, Training, as_input, clone, fit
 
 BUDGETS = (0.001, 0.01, 0.05, 0.07, 0.1, 0.14, 0.28, 0.29, 0.3, 0.55, 0.57, 0.58, 0.7, 0.9, 0.999, 1.0)
 
 
-def scores_of(name: str, model: nn.Module, splits: Splits, seed: int = 0) -> Scores:
+PAIRS = [(name, granularity) for name in STRATEGIES for granularity in granularities(STRATEGIES[name])]
+
+
+def scores_of(name: str, model: nn.Module, splits: Splits, seed: int = 0, granularity: str = "channel") -> Scores:
     base = None
     if "base" in STRATEGIES[name].inputs:
         base = localize("weighted_gradient", {}, model, splits, generator=generator(0), base=None)
-    return localize(name, {}, model, splits, generator=generator(seed, "localization"), base=base)
+    stream = generator(seed, "localization")
+    return localize(name, {}, model, splits, generator=stream, base=base, granularity=granularity)
 
 
 def chosen(mask: Mask) -> Tensor:
@@ -55,12 +72,13 @@ def test_a_strategy_scores_every_entry_and_touches_nothing(name: str, model: nn.
 def test_the_same_seed_gives_the_same_scores(name: str, model: nn.Module, splits: Splits) -> None:
     first, again, other = (scores_of(name, model, splits, seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[part], again[part]) for part in first)
+    if name == "critmem":
+        return  # noise and the other examples of a batch are drawn, and need not change what is critical
     draws = "generator" in STRATEGIES[name].inputs
     assert all(torch.equal(first[part], other[part]) for part in first) != draws
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(("name", "granularity"), PAIRS)
 def test_a_mask_holds_exactly_its_budget(name: str, granularity: str, model: nn.Module, splits: Splits) -> None:
     scores = scores_of(name, model, splits)
     for budget in BUDGETS:
@@ -71,8 +89,7 @@ def test_a_mask_holds_exactly_its_budget(name: str, granularity: str, model: nn.
         assert int(chosen(mask).sum()) == expected
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(("name", "granularity"), PAIRS)
 def test_masks_nest_as_the_budget_grows(name: str, granularity: str, model: nn.Module, splits: Splits) -> None:
     scores = scores_of(name, model, splits)
     masks = [select(scores, budget, granularity, head=head_names(model)) for budget in BUDGETS]
@@ -82,8 +99,7 @@ def test_masks_nest_as_the_budget_grows(name: str, granularity: str, model: nn.M
             assert all((inner[part] <= outer[part]).all() for part in inner)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(("name", "granularity"), PAIRS)
 def test_the_head_trains_whole_but_is_reset_only_where_masked(
     name: str, granularity: str, model: nn.Module, splits: Splits
 ) -> None:
@@ -276,9 +292,172 @@ def test_the_control_keeps_the_profile_of_a_model(model: nn.Module, splits: Spli
             assert [int(part.sum()) for part in ours.values()] == [int(part.sum()) for part in theirs.values()]
 
 
-@pytest.mark.parametrize("name", [n for n in STRATEGIES if "model" in STRATEGIES[n].inputs])
+BLIND = {"random", "shallowest", "deepest"}  # strategies that look at no value of the model
+
+
+@pytest.mark.parametrize("name", [n for n in STRATEGIES if "model" in STRATEGIES[n].inputs and n not in BLIND])
 def test_scores_that_are_not_finite_are_refused(name: str, model: nn.Module, splits: Splits) -> None:
     with torch.no_grad():
         model[0].weight.fill_(float("nan"))  # type: ignore[index]
     with pytest.raises(ValueError, match=f"strategy {name} .* not finite"):
         scores_of(name, model, splits)
+
+
+# ---- the rule for a channel's score --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("h", ["released", "all", 1, 3, 1000, 0.25, 0.01, 0.99])
+def test_a_channels_score_is_the_mean_of_its_highest(h: str | int | float) -> None:
+    """Against sorted lists: channels in the order of their scores, ties by position."""
+    scores = {name: torch.randint(0, 24, s, generator=generator(1, name)).float() / 8 for name, s in SHAPES.items()}
+    found = []
+    for name, part in scores.items():
+        for unit, row in enumerate(part.reshape(len(part), -1).tolist()):
+            number = {"released": int(0.1 * len(part)), "all": len(row)}[h] if isinstance(h, str) else h
+            number = int(number * len(row)) if isinstance(number, float) else number
+            number = min(max(number, 1), len(row))
+            found.append((sum(sorted(row, reverse=True)[:number]) / number, name, unit, len(row)))
+    start = 0
+    ranking = rank(scores, "channel", h)
+    for _, name, unit, size in sorted(found, key=lambda item: -item[0]):  # sorted is stable
+        assert ranking.ranks[name][unit].flatten().tolist() == list(range(start, start + size))
+        start += size
+
+
+# ---- the further strategies ----------------------------------------------------------------------------------------
+
+
+def test_depth_takes_whole_layers_from_one_end(model: nn.Module, splits: Splits) -> None:
+    layer_of = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    layers = list(dict.fromkeys(layer_of.values()))
+    sizes = dict.fromkeys(layers, 0)
+    for name, parameter in model.named_parameters():
+        sizes[layer_of[name]] += parameter.numel()
+    total = sum(sizes.values())
+    for strategy, order in (("shallowest", layers), ("deepest", layers[::-1])):
+        scores = scores_of(strategy, model, splits)
+        budget = (sizes[order[0]] + sizes[order[1]] + 0.5) / total  # not on a boundary
+        for granularity in GRANULARITIES:
+            mask = select(scores, budget, granularity, head=frozenset())
+            assert {layer_of[name] for name, part in mask.reset.items() if part.any()} == set(order[:2])
+        # inside the boundary layer by position: the first entries of its first tensor
+        half = select(scores, (sizes[order[0]] + 7.5) / total, "param", head=frozenset())
+        first = next(name for name, layer in layer_of.items() if layer == order[1])
+        assert half.reset[first].flatten().nonzero().flatten().tolist() == list(range(7))
+
+
+def test_the_training_sets_gradient_is_the_forget_sets_where_all_is_forgotten(model: nn.Module, splits: Splits) -> None:
+    everything = Splits(splits.train, splits.train, splits.retain)
+    ours, theirs = (
+        scores_of("weighted_gradient_train", model, splits),
+        scores_of("weighted_gradient", model, everything),
+    )
+    other = scores_of("weighted_gradient", model, splits)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(not torch.equal(ours[name], other[name]) for name in ours)
+
+
+def test_random_takes_whole_channels_or_entries_as_asked(model: nn.Module, splits: Splits) -> None:
+    by_channel = scores_of("random", model, splits)
+    by_entry = scores_of("random", model, splits, granularity="param")
+    for name, part in by_channel.items():
+        rows = part.reshape(len(part), -1)
+        assert (rows == rows[:, :1]).all()
+        assert by_entry[name].unique().numel() > 0.9 * part.numel()
+    shares = []
+    for seed in range(40):  # no tensor is favoured: each is masked by the budget, on average
+        mask = select(scores_of("random", model, splits, seed), 0.3, "channel", head=frozenset())
+        shares.append([float(part.float().mean()) for part in mask.reset.values()])
+    for share in np.mean(shares, axis=0):
+        assert 0.15 < share < 0.45
+
+
+# ---- CritMem -------------------------------------------------------------------------------------------------------
+
+
+class Rows(nn.Module):
+    """Logits = three pixels, each through its own row: what zeroing a row does is plain to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Linear(3, 3, bias=False)
+        with torch.no_grad():
+            self.rows.weight.copy_(torch.diag(torch.tensor([4.0, 3.0, 0.5])))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.rows(x.flatten(1)[:, :3])
+        return out
+
+
+def pixels(rows: list[list[int]], labels: list[int]) -> Examples:
+    return Examples(torch.tensor(rows, dtype=torch.uint8).view(-1, 1, 3, 1), torch.tensor(labels))
+
+
+def test_critical_channels_by_hand() -> None:
+    """Class 0 hangs on row 0, class 1 on row 1: each falls when its own row is zero. A wrong example needs none."""
+    train = pixels([[255, 0, 9], [0, 255, 9], [9, 9, 255]], [0, 1, 2])
+    forget = pixels([[255, 0, 9], [200, 0, 9], [0, 255, 9], [0, 255, 9]], [0, 0, 1, 0])
+
+    def found(**options: Any) -> Tensor:
+        options |= {"batch_size": 4, "noise": 0.0, "draws": 1}
+        scores = localize("critmem", options, Rows(), Splits(train, forget, train), generator=generator(0), base=None)
+        return scores["rows.weight"]
+
+    counts = found()
+    assert counts[:, 0].floor().tolist() == [2, 1, 0]
+    assert (counts == counts[:, :1]).all()
+    mask = rank({"rows.weight": counts}, "channel").mask(None, head=frozenset())
+    assert mask.reset["rows.weight"].all(dim=1).tolist() == [True, True, False], "its own budget is the union"
+    assert mask.num_reset == 6
+    assert found(num_examples=1)[:, 0].floor().tolist() == [1, 0, 0]
+
+
+def by_search(trained: nn.Module, splits: Splits, rest: int, stream: torch.Generator) -> list[set[tuple[str, int]]]:
+    """The critical channels of each forget example from the definition: one loss at a time, one greedy step."""
+    sets = []
+    for index in range(len(splits.forget)):
+        others = splits.train.take(torch.randint(len(splits.train), (rest,), generator=stream))
+        images = as_input(torch.cat([splits.forget.images[index : index + 1], others.images]))
+        labels = torch.cat([splits.forget.labels[index : index + 1], others.labels])
+        copy, gone = clone(trained), set[tuple[str, int]]()
+        while copy(images[:1]).argmax() == labels[0] and len(gone) < 100:
+            copy.zero_grad()
+            losses = [functional.cross_entropy(copy(images[i : i + 1]), labels[i : i + 1]) for i in range(rest + 1)]
+            (torch.stack(losses[1:]).sum() / (rest + 1) - losses[0]).backward()  # type: ignore[no-untyped-call]
+            candidates = {
+                (name, unit): float((p[unit] * p.grad[unit]).sum().detach())
+                for name, p in copy.named_parameters()
+                for unit in range(len(p))
+                if p.grad is not None and (name, unit) not in gone
+            }
+            name, unit = max(candidates, key=candidates.__getitem__)
+            gone.add((name, unit))
+            with torch.no_grad():
+                copy.get_parameter(name)[unit] = 0
+        sets.append(gone)
+    return sets
+
+
+def test_critmem_equals_a_slow_search(model: nn.Module, splits: Splits) -> None:
+    trained = fit(model, splits.train, training=Training(0.05, 30, 8), generator=generator(3)).eval()
+    sets = by_search(trained, splits, 5, generator(0, "localization"))
+    assert max(map(len, sets)) > 1, "the toy is too easy: nobody needs two channels"
+    options = {"batch_size": 6, "noise": 0.0, "draws": 1}
+    stream = generator(0, "localization")
+    found = localize("critmem", options, trained, splits, generator=stream, base=None)
+    counted = {
+        (name, unit): int(rows[unit, 0])
+        for name, rows in ((name, part.reshape(len(part), -1)) for name, part in found.items())
+        for unit in range(len(rows))
+        if rows[unit, 0] >= 1
+    }
+    assert counted == Counter(place for one in sets for place in one)
+
+
+def test_only_critmem_has_a_budget_of_its_own_and_it_has_channels_only() -> None:
+    assert [name for name in STRATEGIES if has_own_budget(STRATEGIES[name])] == ["critmem"]
+    assert granularities(STRATEGIES["critmem"]) == ("channel",)
+    with pytest.raises(ValueError, match="granularity of strategy critmem is param; allowed: channel"):
+        MaskSpec(strategy=Strategy(name="critmem"), granularity="param", budget=0.1)
+    with pytest.raises(ValueError, match="strategy gradient has no budget of its own"):
+        MaskSpec(strategy=Strategy(name="gradient"), granularity="param", budget=None)

@@ -92,6 +92,10 @@ CHANGES: list[tuple[tuple[str, ...], Any]] = [
     (("mask", "granularity"), "param"),
     (("mask", "budget"), 0.31),
     (("mask", "train_head"), False),
+    (("mask", "h"), "all"),
+    (("mask", "h"), 5),
+    (("mask", "h"), 0.5),
+    (("mask", "freeze_statistics"), True),
 ]
 
 

@@ -364,3 +364,64 @@ def test_a_campaign_counts_its_blocks() -> None:
     assert Campaign().blocks == 20
     with pytest.raises(ValueError, match="multiple of 10"):
         Campaign(models=25)
+
+
+# ---- protocols -----------------------------------------------------------------------------------------------------
+
+
+def test_the_protocol_of_the_paper_has_one_original_and_one_draw(digits: Study) -> None:
+    study = override(digits, ["protocol=del", "seeds=3,4,5", "original_seed=7", "forget_sets=random"])
+    runs = [run for _, run in study.runs(DATA) if run.original_seed is not None]
+    assert {(run.forget.draw, run.original_seed) for run in runs} == {(0, 7)}
+    assert {run.seed for run in runs} == {3, 4, 5}
+    assert [original.seed for original in study.originals(DATA)] == [7]
+    assert len(study.reference_runs(DATA)) == 5
+
+
+def test_the_joint_protocol_varies_draw_original_and_unlearning_together(digits: Study) -> None:
+    study = override(digits, ["protocol=joint", "seeds=1,2", "forget_sets=random,mislabelled"])
+    runs = [run for _, run in study.runs(DATA) if run.original_seed is not None]
+    by_set = {
+        name: {(run.forget.draw, run.original_seed, run.seed) for run in runs if run.forget.rule.name == name}
+        for name in ("random", "mislabelled")
+    }
+    assert by_set["random"] == {(1, 1, 1), (2, 2, 2)}
+    assert by_set["mislabelled"] == {(0, 1, 1), (0, 2, 2)}, "what draws nothing has one draw"
+    references = [(run.forget.rule.name, run.forget.draw, run.seed) for run in study.reference_runs(DATA)]
+    drawn = [(draw, seed) for name, draw, seed in references if name == "random"]
+    assert len(drawn) == 10
+    assert len({seed for _, seed in drawn}) == 10, "the references of another draw have seeds of their own"
+
+
+def test_the_default_protocol_is_unchanged_by_the_others(digits: Study) -> None:
+    assert digits.protocol == "paired"
+    assert {key(run) for _, run in override(digits, ["protocol=paired"]).runs(DATA)} == {
+        key(run) for _, run in digits.runs(DATA)
+    }
+
+
+def test_what_selects_a_mask_can_be_set(digits: Study) -> None:
+    study = override(
+        digits,
+        [
+            "methods=del",
+            "methods.del.h=all",
+            "methods.del.train_head=false",
+            "methods.del.freeze_statistics=yes",
+            "methods.del.strategy.batch_size=7",
+        ],
+    )
+    mask = study.runs(DATA)[0][1].mask
+    assert mask is not None
+    assert (mask.h, mask.train_head, mask.freeze_statistics) == ("all", False, True)
+    assert mask.strategy.options["batch_size"] == 7
+    own = override(
+        digits, ["methods=del", "methods.del.strategy=critmem", "methods.del.budget=own,0.1", "methods.del.h=3"]
+    )
+    assert [run.mask.budget for _, run in own.runs(DATA)[:4] if run.mask] == [None, None, None, 0.1]
+    with pytest.raises(InputError, match="strategy weighted_gradient has no budget of its own"):
+        override(digits, ["methods.del.budget=own"])
+    with pytest.raises(InputError, match="granularity of strategy critmem is param; allowed: channel"):
+        override(digits, ["methods.del.strategy=critmem", "methods.del.granularity=param"])
+    with pytest.raises(InputError, match=r"h is '?-1'?; allowed"):
+        override(digits, ["methods.del.h=-1"])

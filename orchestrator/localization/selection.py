@@ -1,0 +1,122 @@
+"""From scores and a budget to a mask. Entries rank once for all budgets of a strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orchestrator.registry import Count, InputError, ShareBelowOne
+from orchestrator.training import Mask
+
+GRANULARITIES = ("param", "channel")
+
+TopH = Literal["released", "all"] | Count | ShareBelowOne
+"""How many of a channel's highest scores its own score is the mean of: min(max(1, int(0.1 x channels)), fan-in) as
+released with DEL, all (the plain mean, as released for transformers), a number, or a share of the fan-in."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The order in which entries are selected: per parameter their rank from 0, int32, in the parameter's shape.
+
+    `num_own` is the strategy's own budget in entries (those with a score of 1 or more), where it has one.
+    """
+
+    ranks: Mapping[str, Tensor]
+    num_own: int
+
+    @property
+    def num_entries(self) -> int:
+        return sum(part.numel() for part in self.ranks.values())
+
+    def mask(
+        self,
+        budget: float | None,
+        *,
+        head: frozenset[str],
+        train_head: bool = True,
+        freeze_statistics: bool = False,
+    ) -> Mask:
+        """Mask exactly floor(budget x entries) entries; None: as many as the strategy's own budget.
+
+        `train_head` adds the parameters named in `head` to the trainable part whole, as released with DEL. Raises
+        InputError for a budget outside (0, 1] or one that selects nothing.
+        """
+        count = self.num_own if budget is None else num_selected(budget, self.num_entries)
+        reset = {name: part < count for name, part in self.ranks.items()}
+        trainable = {
+            name: torch.ones_like(part) if train_head and name in head else part for name, part in reset.items()
+        }
+        return Mask(reset, trainable, freeze_statistics)
+
+
+def num_selected(budget: float, num_entries: int) -> int:
+    """How many entries a budget selects; raises InputError for one outside (0, 1] or too small for a single entry."""
+    if not 0 < budget <= 1:
+        raise InputError(f"budget is {budget}; allowed: a share of the entries in (0, 1]")
+    count = int(Fraction(str(budget)) * num_entries)  # exact: 0.29 x 100 is 29, not 28
+    if count == 0:
+        raise InputError(
+            f"budget {budget} of {num_entries} entries selects nothing; allowed: {1 / num_entries:.2g} or more"
+        )
+    return count
+
+
+def rank(scores: Mapping[str, Tensor], granularity: str, h: str | int | float = "released") -> Ranking:
+    """Rank all entries, the highest score first; ties rank by position.
+
+    `param`: by their own score. `channel`: all entries of an output channel (first axis of a tensor with two or more)
+    by its mean over the `h` highest (see TopH); tensors with one axis rank by entry. Channels are ranked whole, so
+    only the last one that a budget reaches is cut.
+    """
+    if granularity not in GRANULARITIES:
+        raise InputError(f"granularity is {granularity!r}; allowed: {', '.join(GRANULARITIES)}")
+    units, sizes = [], []
+    for part in scores.values():
+        rows = part.flatten(1) if granularity == "channel" and part.ndim > 1 else part.reshape(-1, 1)
+        units.append(_mean_of_highest(rows, h))
+        sizes.append(torch.full((len(rows),), rows.shape[1]))
+    order = torch.argsort(torch.cat(units), descending=True, stable=True)
+    ordered = torch.cat(sizes)[order]
+    starts = torch.empty_like(ordered)
+    starts[order] = ordered.cumsum(0) - ordered
+    ranks = {}
+    for (name, part), start, size in zip(
+        scores.items(), torch.split(starts, [len(unit) for unit in units]), sizes, strict=True
+    ):
+        inside = torch.arange(int(size[0]), dtype=torch.int32)
+        ranks[name] = (start.int()[:, None] + inside).view(part.shape)
+    return Ranking(ranks, sum(int((part >= 1).sum()) for part in scores.values()))
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    budget: float | None,
+    granularity: str,
+    *,
+    head: frozenset[str],
+    train_head: bool = True,
+    h: str | int | float = "released",
+) -> Mask:
+    """Rank and mask in one call; see `rank` and `Ranking.mask`."""
+    return rank(scores, granularity, h).mask(budget, head=head, train_head=train_head)
+
+
+def _mean_of_highest(rows: Tensor, h: str | int | float) -> Tensor:
+    channels, fan_in = rows.shape
+    if fan_in == 1:
+        return rows[:, 0]
+    number = fan_in
+    if h == "released":  # a tenth of the channels, not of the fan-in: len() of a two-dimensional tensor
+        number = int(0.1 * channels)
+    elif isinstance(h, int):
+        number = h
+    elif isinstance(h, float):
+        number = int(h * fan_in)
+    number = min(max(1, number), fan_in)
+    return rows.topk(number, dim=1).values.mean(dim=1)
