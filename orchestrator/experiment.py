@@ -175,6 +175,7 @@ def run(
         "retain": splits.retain,
         "validation": lab.examples("validation") if "validation" in spec.method.entry.inputs else None,
         "fresh": lab.fresh(spec.setting),
+        "initial": lambda: lab.fresh(spec.setting)(generator(spec.original_seed or 0, "original")),
         "generator": generator(spec.seed, "reference" if spec.is_reference else "unlearning"),
         "training": training,
         "report": report,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Self
@@ -68,6 +68,15 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Loss of one batch: model, images (float, channels_last), labels."""
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A part of an epoch: examples gone through once under an objective of their own."""
+
+    examples: Examples
+    objective: Objective
+    batch_size: int | None = None  # None: that of the training
+
+
 def cross_entropy(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of one batch."""
     return functional.cross_entropy(model(images), labels)
@@ -98,13 +107,13 @@ def rate_factor(step: int, num_steps: int, warmup: float, final: float) -> float
     rising = round(warmup * num_steps)
     if step < rising:
         return (step + 1) / rising
-    progress = (step - rising) / max(1, num_steps - rising - 1)
+    progress = min(1.0, (step - rising) / max(1, num_steps - rising - 1))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def fit(
     model: nn.Module,
-    examples: Examples | Callable[[int], Examples],
+    examples: Examples | Callable[[int], Examples | Sequence[Phase]],
     *,
     training: Training,
     generator: torch.Generator,
@@ -115,7 +124,8 @@ def fit(
 ) -> nn.Module:
     """Train the given model in place and return it.
 
-    `examples` may be a function of the epoch (from 0). `num_batches` cuts each epoch, so that models trained on
+    `examples` may be a function of the epoch (from 0), and may be phases that follow one another in it; the rate then
+    falls as if every epoch had as many steps as the first. `num_batches` cuts each epoch, so that models trained on
     subsets that differ in size by one take the same steps. Under a mask, entries outside `trainable` do not move by
     one bit, whatever momentum and weight decay do; under a mask with none trainable nothing moves, buffers included.
     Batch-norm statistics follow training unless the mask freezes them.
@@ -126,7 +136,7 @@ def fit(
     device = next(model.parameters()).device
     autocast = _autocast(device, training.precision)
     train_mode(model, mask)
-    step = 0
+    step = num_steps = 0
     with _Restraint(model, mask) as restrained:
         optimizer = torch.optim.SGD(
             restrained.parameters,
@@ -136,16 +146,18 @@ def fit(
         )
         for epoch in range(training.epochs):
             data = examples(epoch) if callable(examples) else examples
-            available = max(1, len(data) // training.batch_size)
+            phases = [Phase(data, objective)] if isinstance(data, Examples) else data
+            available = sum(_num_batches(phase, training.batch_size) for phase in phases)
             per_epoch = available if num_batches is None else min(num_batches, available)
+            num_steps = num_steps or per_epoch * training.epochs
             total = torch.zeros((), device=device)
-            stream = batches(data, training.batch_size, generator)
-            for _, (images, labels) in zip(range(per_epoch), stream, strict=False):
-                factor = rate_factor(step, per_epoch * training.epochs, training.warmup, training.final)
+            stream = _stream(phases, training.batch_size, generator)
+            for _, (loss_of, images, labels) in zip(range(per_epoch), stream, strict=False):
+                factor = rate_factor(step, num_steps, training.warmup, training.final)
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * factor
                 with autocast():
-                    loss = objective(model, images, labels)
+                    loss = loss_of(model, images, labels)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 optimizer.step()
@@ -163,6 +175,18 @@ def fit(
     return model
 
 
+def _num_batches(phase: Phase, batch_size: int) -> int:
+    return max(1, len(phase.examples) // (phase.batch_size or batch_size))
+
+
+def _stream(
+    phases: Sequence[Phase], batch_size: int, generator: torch.Generator
+) -> Iterator[tuple[Objective, Tensor, Tensor]]:
+    for phase in phases:
+        for images, labels in batches(phase.examples, phase.batch_size or batch_size, generator):
+            yield phase.objective, images, labels
+
+
 def train_mode(model: nn.Module, mask: Mask | None) -> None:
     """Training mode; under a mask that freezes statistics, batch norm stays in evaluation mode."""
     model.train()
@@ -170,6 +194,15 @@ def train_mode(model: nn.Module, mask: Mask | None) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
+
+
+def trainable_part(model: nn.Module, mask: Mask | None) -> dict[str, Tensor]:
+    """What a method that takes no optimizer may move: per parameter a boolean tensor on its device."""
+    part = {}
+    for name, parameter in model.named_parameters():
+        allowed = torch.ones_like(parameter, dtype=torch.bool)
+        part[name] = (allowed if mask is None else mask.trainable[name].to(parameter.device)) & parameter.requires_grad
+    return part
 
 
 class _Restraint:

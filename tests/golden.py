@@ -99,7 +99,7 @@ def numbers() -> dict[str, dict[str, list[float]]]:
         inputs = {
             "model": model, "mask": mask, "forget": splits.forget, "retain": splits.retain, "validation": splits.retain,
             "fresh": fresh, "generator": generator(1, "golden"), "training": training, "num_classes": 3,
-            "report": lambda *_: None,
+            "report": lambda *_: None, "initial": lambda: fresh(generator(6, "golden")),
         }  # fmt: skip
         found["method"][f"{name} {method.version}"] = _summary(
             _flat(method(inputs, method.resolve(small))) - _flat(model)

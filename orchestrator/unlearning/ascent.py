@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,45 @@ from orchestrator.data import Examples
 from orchestrator.registry import Count, NonNegative, Share, ShareBelowOne
 from orchestrator.training import Mask, Report, Training, clone, cross_entropy, endless_batches, fit
 from orchestrator.unlearning.base import METHODS
+
+
+@METHODS
+def gradient_ascent(
+    model: nn.Module,
+    mask: Mask | None,
+    forget: Examples,
+    retain: Examples,
+    generator: torch.Generator,
+    report: Report,
+    *,
+    steps: Literal["retain", "forget"] = "retain",
+    lr: NonNegative = 1e-4,
+    epochs: Count = 5,
+    batch_size: Count = 128,
+    momentum: ShareBelowOne = 0.9,
+    weight_decay: NonNegative = 0.0,
+) -> nn.Module:
+    """NegGrad: ascent on the forget loss, at a constant rate (Golatkar et al. 2020).
+
+    As released with DEL, an epoch has as many steps as the retain set has batches (of which only the number is used);
+    `steps=forget`: one pass over the forget set. Rate and epochs as in RUM. Batch-norm statistics follow the forget
+    batches, as released.
+    """
+    stream = endless_batches(forget, batch_size, generator)
+
+    def objective(net: nn.Module, *_: Tensor) -> Tensor:
+        return -cross_entropy(net, *next(stream))
+
+    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=1.0)
+    return fit(
+        clone(model),
+        retain if steps == "retain" else forget,
+        training=training,
+        generator=generator,
+        mask=mask,
+        objective=objective,
+        report=report,
+    )
 
 
 @METHODS

@@ -1,8 +1,9 @@
 """The registry of unlearning methods: a model and what the method declares go in, a new model comes out.
 
 A method names in its signature what it is given, and gets nothing else: `model` (the original), `mask` (None: all
-parameters), `forget`, `retain`, `validation` (Examples), `fresh` (generator -> new model), `generator`, `training`
-(how originals are trained), `report` (told after each epoch). What remains, after `*`, are its options. A method
+parameters), `forget`, `retain`, `validation` (Examples), `fresh` (generator -> new model), `initial` (the
+original as it was before its training), `generator`, `training` (how originals are trained), `report` (told after each
+epoch). What remains, after `*`, are its options. A method
 that does not take `model` has no original; one that does not take `mask` has no localization.
 """
 
@@ -17,6 +18,9 @@ from orchestrator.registry import Registry
 METHODS: Registry[Callable[..., nn.Module]] = Registry(
     "method",
     frozenset(
-        {"model", "mask", "forget", "retain", "validation", "fresh", "generator", "training", "report", "num_classes"}
+        {
+            *("model", "mask", "forget", "retain", "validation", "fresh", "initial"),
+            *("generator", "training", "report", "num_classes"),
+        }
     ),
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
 import torch
 from torch import nn
 
 from orchestrator.data import Examples
-from orchestrator.registry import Count, NonNegative, Share, ShareBelowOne
-from orchestrator.training import Mask, Report, Training, clone, fit
+from orchestrator.registry import Added, Count, NonNegative, Share, ShareBelowOne
+from orchestrator.training import Mask, Phase, Report, Training, clone, cross_entropy, fit
 from orchestrator.unlearning.base import METHODS
 
 
@@ -28,17 +31,33 @@ def random_labels(
     momentum: ShareBelowOne = 0.9,
     weight_decay: NonNegative = 0.0,
     final: Share = 0.5,
+    labels: Annotated[Literal["all", "wrong"], Added()] = "all",
+    order: Annotated[Literal["shuffled", "forget_first"], Added()] = "shuffled",
 ) -> nn.Module:
     """Training on the retain set and the forget set under uniformly random labels, shuffled together.
 
-    Labels (any class, the given one too) are drawn once, as released with DEL, or anew each epoch (`redraw`, as SalUn
-    does, Fan et al. 2024; under a `gradient` mask of granularity `param` this is SalUn). Rates: SalUn's released ones.
+    Labels (of `all` classes, the given one too, or of the `wrong` ones) are drawn once, as released with DEL, or anew
+    each epoch (`redraw`, as SalUn does, Fan et al. 2024; under a `gradient` mask of granularity `param` this is SalUn).
+    `forget_first`: each epoch goes through the forget set, then through the retain set, as SalUn's code does for
+    CIFAR-10. Rates: SalUn's released ones.
     """
 
-    def relabelled(_: int) -> Examples:
-        drawn = torch.randint(num_classes, (len(forget),), generator=generator).to(forget.labels.device)
-        return Examples(torch.cat([retain.images, forget.images]), torch.cat([retain.labels, drawn]))
+    def drawn() -> Examples:
+        numbers = torch.randint(num_classes - (labels == "wrong"), (len(forget),), generator=generator)
+        numbers = numbers.to(forget.labels.device)
+        if labels == "wrong":
+            numbers = (forget.labels + 1 + numbers) % num_classes
+        return Examples(forget.images, numbers)
+
+    def together(part: Examples) -> Examples | Sequence[Phase]:
+        if order == "forget_first":
+            return [Phase(part, cross_entropy), Phase(retain, cross_entropy)]
+        return Examples(torch.cat([retain.images, part.images]), torch.cat([retain.labels, part.labels]))
 
     training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final)
-    examples = relabelled if redraw else relabelled(0)
+    once = None if redraw else together(drawn())
+
+    def examples(_: int) -> Examples | Sequence[Phase]:
+        return together(drawn()) if once is None else once
+
     return fit(clone(model), examples, training=training, generator=generator, mask=mask, report=report)
