@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from orchestrator import results
 from orchestrator.data import Outputs
-from orchestrator.metrics import COMPARISONS, METRICS
+from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
 from orchestrator.registry import canonical_json
 from orchestrator.results import TABLES, Attempt, Row, Sweep
 from orchestrator.store import Store
@@ -23,13 +23,14 @@ def export(store: Store) -> str:
     done = {row.key for row in rows}
     failed = [tries[-1] for name, tries in results.get_attempts(store).items() if name not in done]
     outputs = _LazyOutputs(store)
+    metrics = {row.key: metrics_of(row, outputs) for row in rows}
     export_id = secrets.token_hex(8)
     footer = {"export_id": export_id, "schema_version": results.SCHEMA_VERSION}
     lines: dict[str, Iterable[Mapping[str, Any]]] = {
         "runs": [*map(run_line, rows), *(failed_line(a) for a in failed if a.provenance.get("kind") == "run")],
         "members": member_lines(results.get_sweeps(store)),
-        "metrics": metric_lines(rows, outputs),
-        "comparisons": comparison_lines(rows, outputs),
+        "metrics": metric_lines(metrics),
+        "comparisons": comparison_lines(rows, outputs, metrics),
         "layers": ({"key": row.key, **vars(layer)} for row in rows for layer in row.layers),
         "series": (
             {"key": row.key, "metric": name, "epoch": epoch, "value": value}
@@ -123,34 +124,62 @@ class _LazyOutputs:
         return self._read[key]
 
 
-def metric_lines(rows: Iterable[Row], outputs: _LazyOutputs) -> Iterator[dict[str, Any]]:
-    """The table `metrics`: values from the rows; a metric that is new, or of another version, from the outputs."""
-    for row in rows:
-        for name, metric in METRICS.items():
-            stored = row.metrics.get(name)
-            current = stored is not None and row.metric_versions.get(name) == metric.version
-            values = stored if stored is not None and current else metric({"outputs": outputs[row.key]}, {})
-            for split, value in values.items():
-                yield {"key": row.key, "metric": name, "split": split, "value": value}
+def metrics_of(row: Row, outputs: _LazyOutputs) -> dict[str, Mapping[str, float]]:
+    """All metrics of a row: as stored, and from the outputs where a metric is new or of another version."""
+    values = {}
+    for name, metric in METRICS.items():
+        stored = row.metrics.get(name)
+        current = stored is not None and row.metric_versions.get(name) == metric.version
+        values[name] = stored if stored is not None and current else metric({"outputs": outputs[row.key]}, {})
+    return values
 
 
-def comparison_lines(rows: Iterable[Row], outputs: _LazyOutputs) -> Iterator[dict[str, Any]]:
-    """The table `comparisons`: every run, references too, with every other matching reference."""
+def metric_lines(metrics: Mapping[str, Values]) -> Iterator[dict[str, Any]]:
+    """The table `metrics`."""
+    for key, values in metrics.items():
+        for name, by_split in values.items():
+            for split, value in by_split.items():
+                yield {"key": key, "metric": name, "split": split, "value": value}
+
+
+def comparison_lines(
+    rows: Iterable[Row], outputs: _LazyOutputs, metrics: Mapping[str, Values]
+) -> Iterator[dict[str, Any]]:
+    """The table `comparisons`: every run, references too, with each other matching reference, and with all of them."""
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.comparable_with].append(row)
     for group in groups.values():
-        for reference in [row for row in group if row.is_reference]:
-            for row in group:
-                if row.key != reference.key:
-                    yield from _compare(row.key, reference.key, outputs)
+        references = [row.key for row in group if row.is_reference]
+        for row in group:
+            others = [name for name in references if name != row.key]
+            for reference in others:
+                yield from _compare(row.key, reference, outputs, metrics)
+            if others:
+                yield from _compare_with_all(row.key, others, outputs)
 
 
-def _compare(key: str, reference_key: str, outputs: _LazyOutputs) -> Iterator[dict[str, Any]]:
+def _compare(
+    key: str, reference: str, outputs: _LazyOutputs, metrics: Mapping[str, Values]
+) -> Iterator[dict[str, Any]]:
+    available = {
+        "outputs": outputs[key],
+        "reference": outputs[reference],
+        "metrics": metrics[key],
+        "reference_metrics": metrics[reference],
+    }
     for name, comparison in COMPARISONS.items():
-        values = comparison({"outputs": outputs[key], "reference": outputs[reference_key]}, {})
-        for split, value in values.items():
-            yield {"key": key, "reference_key": reference_key, "metric": name, "split": split, "value": value}
+        if "references" not in comparison.inputs:
+            for split, value in comparison(available, {}).items():
+                yield {"key": key, "reference_key": reference, "metric": name, "split": split, "value": value}
+
+
+def _compare_with_all(key: str, others: Sequence[str], outputs: _LazyOutputs) -> Iterator[dict[str, Any]]:
+    available = {"outputs": outputs[key], "references": [outputs[name] for name in others]}
+    for name, comparison in COMPARISONS.items():
+        if "references" in comparison.inputs:
+            for split, value in comparison(available, {}).items():
+                yield {"key": key, "reference_key": ALL, "metric": name, "split": split, "value": value}
 
 
 def _scores_table(store: Store, table: str, suffix: str) -> pa.Table:

@@ -5,7 +5,7 @@ Each function returns values by split: a split that a run lacks is absent, never
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,8 +13,17 @@ from orchestrator.data import Outputs, SplitOutputs
 from orchestrator.registry import Registry
 from orchestrator.seeds import numpy_generator
 
+Values = Mapping[str, Mapping[str, float]]
+"""Metrics by name and split."""
+
 METRICS: Registry[Callable[..., dict[str, float]]] = Registry("metric", frozenset({"outputs"}))
-COMPARISONS: Registry[Callable[..., dict[str, float]]] = Registry("comparison", frozenset({"outputs", "reference"}))
+COMPARISONS: Registry[Callable[..., dict[str, float]]] = Registry(
+    "comparison", frozenset({"outputs", "reference", "references", "metrics", "reference_metrics"})
+)
+"""Functions of a run's `outputs` and one `reference`'s, or of all `references` that match the run and are not the run
+itself; `metrics` and `reference_metrics` are values of METRICS by name and split, so that none is computed twice."""
+
+ALL = "all"  # stands for the key of the reference where a comparison is with all of them
 
 
 def with_forget_parts(outputs: Outputs) -> dict[str, SplitOutputs]:
@@ -37,12 +46,14 @@ def accuracy(outputs: Outputs) -> dict[str, float]:
     return values | {"forget_true": float((forget.predictions == forget.true_labels).mean())}
 
 
-@METRICS
+@METRICS(version=2)
 def loss(outputs: Outputs) -> dict[str, float]:
-    """Mean cross-entropy of the given labels, in nats."""
+    """Mean cross-entropy of the given labels, in nats; `forget_true`: of the true labels."""
+    labelled = {name: (split, split.labels) for name, split in outputs.items()}
+    labelled["forget_true"] = (outputs["forget"], outputs["forget"].true_labels)
     return {
-        name: float(-split.log_probabilities[np.arange(len(split.labels)), split.labels].mean())
-        for name, split in outputs.items()
+        name: float(-split.log_probabilities[np.arange(len(labels)), labels].mean())
+        for name, (split, labels) in labelled.items()
     }
 
 
@@ -72,18 +83,21 @@ def membership_auc(outputs: Outputs) -> dict[str, float]:
 def _svc_efficacy(outputs: Outputs, feature: Callable[[SplitOutputs], np.ndarray]) -> dict[str, float]:
     """Share of forget examples that SVC(C=3, gamma='auto', rbf) takes for non-members, as published with SalUn.
 
-    Trained on one feature of as many retain (members) as test examples (non-members), seeded samples of each.
+    Trained on a feature [n] or [n, k] of as many retain (members) as test examples (non-members), seeded samples of
+    each.
     """
     from sklearn.svm import SVC
 
     size = min(len(outputs["retain"].labels), len(outputs["test"].labels))
     rng = numpy_generator(0, "published attack")
-    members, others = (
-        feature(outputs[split])[rng.permutation(len(outputs[split].labels))[:size]] for split in ("retain", "test")
-    )
+    features = {split: feature(outputs[split]).reshape(len(outputs[split].labels), -1) for split in _ATTACKED}
+    members, others = (features[split][rng.permutation(len(features[split]))[:size]] for split in ("retain", "test"))
     attack = SVC(C=3, gamma="auto", kernel="rbf")
-    attack.fit(np.concatenate([members, others])[:, None], np.repeat([1, 0], size))
-    return {"forget": float((attack.predict(feature(outputs["forget"])[:, None]) == 0).mean())}
+    attack.fit(np.concatenate([members, others]), np.repeat([1, 0], size))
+    return {"forget": float((attack.predict(features["forget"]) == 0).mean())}
+
+
+_ATTACKED = ("retain", "test", "forget")
 
 
 @METRICS
@@ -96,6 +110,44 @@ def published_svc_confidence(outputs: Outputs) -> dict[str, float]:
 def published_svc_correctness(outputs: Outputs) -> dict[str, float]:
     """Published: membership efficacy of an SVC on correctness (Fan et al. 2024), share called non-member."""
     return _svc_efficacy(outputs, lambda split: (split.predictions == split.labels).astype(float))
+
+
+def entropies(split: SplitOutputs) -> np.ndarray:
+    """Entropy of the predicted distribution, in nats, float64 [n]."""
+    found: np.ndarray = -(np.exp(split.log_probabilities) * split.log_probabilities).sum(axis=1)
+    return found
+
+
+def modified_entropies(split: SplitOutputs) -> np.ndarray:
+    """-(1 - p_y) log p_y - sum over other classes of p_c log(1 - p_c), float64 [n] (Song and Mittal 2021).
+
+    The released unlearning codes take the columns of all labels at once, and log(1 - p) from log p; not so here.
+    """
+    rows, log_p = np.arange(len(split.labels)), split.log_probabilities
+    p = np.exp(log_p)
+    rest = p @ (1 - np.eye(p.shape[1]))  # 1 - p as the sum of the others, exact where p is nearly 1
+    terms = -p * np.log(np.maximum(rest, 1e-30))
+    terms[rows, split.labels] = -rest[rows, split.labels] * log_p[rows, split.labels]
+    found: np.ndarray = terms.sum(axis=1)
+    return found
+
+
+@METRICS
+def published_svc_entropy(outputs: Outputs) -> dict[str, float]:
+    """Published: membership efficacy of an SVC on entropy (Fan et al. 2024), share called non-member."""
+    return _svc_efficacy(outputs, entropies)
+
+
+@METRICS
+def published_svc_modified_entropy(outputs: Outputs) -> dict[str, float]:
+    """Published: membership efficacy of an SVC on modified entropy (Song and Mittal 2021), share called non-member."""
+    return _svc_efficacy(outputs, modified_entropies)
+
+
+@METRICS
+def published_svc_probability(outputs: Outputs) -> dict[str, float]:
+    """Published: membership efficacy of an SVC on all probabilities (Fan et al. 2024), share called non-member."""
+    return _svc_efficacy(outputs, lambda split: np.exp(split.log_probabilities))
 
 
 @COMPARISONS
@@ -124,7 +176,26 @@ def disagreement(outputs: Outputs, reference: Outputs) -> dict[str, float]:
 
 
 @COMPARISONS
-def membership_auc_difference(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+def membership_auc_difference(metrics: Values, reference_metrics: Values) -> dict[str, float]:
     """Membership AUC of the reference minus the run's: the target of the attack is the reference's own value."""
-    ours, theirs = membership_auc(outputs), membership_auc(reference)
+    ours, theirs = metrics["membership_auc"], reference_metrics["membership_auc"]
     return {split: theirs[split] - value for split, value in ours.items() if split in theirs}
+
+
+@COMPARISONS
+def tug_of_war_membership(metrics: Values, reference_metrics: Values) -> dict[str, float]:
+    """Tug-of-war with published SVC efficacy (confidence) in place of forget accuracy (ToW-MIA, Zhao et al. 2024)."""
+    measured = (("published_svc_confidence", "forget"), ("accuracy", "retain"), ("accuracy", "test"))
+    gaps = [metrics[name][split] - reference_metrics[name][split] for name, split in measured]
+    return {"all": float(np.prod([1 - abs(gap) for gap in gaps]))}
+
+
+@COMPARISONS
+def probability_distance(outputs: Outputs, references: Sequence[Outputs]) -> dict[str, float]:
+    """Mean |p of the run - mean p of the references| of the given label; a reference is held against the others."""
+    distances = {}
+    for name, split in outputs.items():
+        if all(name in other for other in references):
+            expected = np.mean([other[name].confidences for other in references], axis=0)
+            distances[name] = float(np.abs(split.confidences - expected).mean())
+    return distances

@@ -115,7 +115,9 @@ def numbers() -> dict[str, dict[str, list[float]]]:
         shape = (3, 16, 16)
         made = factory(name, {"width": 4}, shape, 5)(generator(3, "golden"))
         found["model"][f"{name} {kind.version}"] = _summary(_flat(made))
-    inputs = {"outputs": _outputs(1), "reference": _outputs(2)}
+    inputs = {"outputs": _outputs(1), "reference": _outputs(2), "references": [_outputs(2), _outputs(3)]}
+    for side, of in (("metrics", "outputs"), ("reference_metrics", "reference")):
+        inputs[side] = {name: metric({"outputs": inputs[of]}, {}) for name, metric in METRICS.items()}
     for name, metric in (*METRICS.items(), *COMPARISONS.items()):
         found["metric"][f"{name} {metric.version}"] = [
             value for _, value in sorted(metric(inputs, metric.resolve({})).items())

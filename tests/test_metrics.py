@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from sklearn.svm import SVC
 
 from orchestrator.data import SPLITS, Outputs, SplitOutputs
-from orchestrator.metrics import COMPARISONS, METRICS, with_forget_parts
+from orchestrator.metrics import COMPARISONS, METRICS, entropies, modified_entropies, with_forget_parts
 
 SIZES = {"forget": 30, "retain": 60, "validation": 20, "test": 60}
 
@@ -39,13 +40,25 @@ def confident(confidences: list[float], labels: list[int] | None = None) -> Spli
     return SplitOutputs(logits.astype(np.float64), given, given)
 
 
+class Computed(dict[str, dict[str, float]]):
+    """The metrics of outputs by name, computed when they are asked for."""
+
+    def __init__(self, outputs: Outputs) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+    def __missing__(self, name: str) -> dict[str, float]:
+        return value_of(name, self.outputs)
+
+
 def value_of(name: str, outputs: Outputs, reference: Outputs | None = None) -> dict[str, float]:
     """A metric, or a comparison with a reference, called as the project calls it."""
     values: dict[str, float]
     if name in METRICS:
         values = METRICS[name]({"outputs": outputs}, METRICS[name].resolve({}))
     else:
-        available = {"outputs": outputs, "reference": reference}
+        available = {"outputs": outputs, "reference": reference, "references": [reference]}
+        available |= {"metrics": Computed(outputs), "reference_metrics": Computed(reference or {})}
         values = COMPARISONS[name](available, COMPARISONS[name].resolve({}))
     return values
 
@@ -152,8 +165,9 @@ def test_forget_parts_are_there_only_where_both_kinds_are() -> None:
 def test_loss_by_hand() -> None:
     # logits ln 1, ln 2, ln 5: probabilities 1/8, 2/8, 5/8
     logits = np.log(np.array([[1.0, 2.0, 5.0], [1.0, 2.0, 5.0]]))
-    outputs = {"forget": SplitOutputs(logits, np.array([0, 2]), np.array([0, 2]))}
-    assert value_of("loss", outputs) == pytest.approx({"forget": (np.log(8) + np.log(8 / 5)) / 2})
+    outputs = {"forget": SplitOutputs(logits, np.array([0, 2]), np.array([1, 2]))}
+    given, true = (np.log(8) + np.log(8 / 5)) / 2, (np.log(4) + np.log(8 / 5)) / 2
+    assert value_of("loss", outputs) == pytest.approx({"forget": given, "forget_true": true})
 
 
 def test_accuracy_and_loss_equal_those_of_torch() -> None:
@@ -235,19 +249,32 @@ FEATURES: dict[str, Callable[[SplitOutputs], Any]] = {
         np.exp(s.logits.astype(float))[np.arange(len(s.labels)), s.labels] / np.exp(s.logits.astype(float)).sum(axis=1)
     ),
     "published_svc_correctness": lambda s: (s.logits.argmax(axis=1) == s.labels).astype(float),
+    "published_svc_entropy": lambda s: np.array([-sum(x * math.log(x) for x in row) for row in softmax(s)]),
+    "published_svc_modified_entropy": lambda s: np.array(
+        [
+            -sum((1 - x) * math.log(x) if c == y else x * math.log(1 - x) for c, x in enumerate(row))
+            for row, y in zip(softmax(s), s.labels, strict=True)
+        ]
+    ),
+    "published_svc_probability": lambda s: np.array(softmax(s)),
 }
+
+
+def softmax(split: SplitOutputs) -> list[list[float]]:
+    rows = [[math.exp(x) for x in row] for row in split.logits.tolist()]
+    return [[x / sum(row) for x in row] for row in rows]
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", FEATURES)
 def test_the_published_attacks_are_those_of_scikit_learn(name: str, seed: int) -> None:
     outputs, feature = random_outputs(seed), FEATURES[name]
-    # as many retain as test examples, so every sample of them is all of them; gamma is one over one feature
-    members, others = feature(outputs["retain"]), feature(outputs["test"])
-    attack = SVC(C=3, gamma=1.0, kernel="rbf").fit(
-        np.concatenate([others, members])[:, None], [0] * len(others) + [1] * len(members)
+    # as many retain as test examples, so every sample of them is all of them; gamma is one over the features
+    members, others, asked = (feature(outputs[part]).reshape(SIZES[part], -1) for part in ("retain", "test", "forget"))
+    attack = SVC(C=3, gamma=1 / members.shape[1], kernel="rbf").fit(
+        np.concatenate([others, members]), [0] * len(others) + [1] * len(members)
     )
-    called = attack.predict(feature(outputs["forget"])[:, None])
+    called = attack.predict(asked)
     assert value_of(name, outputs) == pytest.approx({"forget": np.mean(called == 0)})
 
 
@@ -309,7 +336,48 @@ def test_a_run_compared_with_itself() -> None:
     outputs = random_outputs(0)
     for name in ("accuracy_difference", "disagreement", "membership_auc_difference"):
         assert set(value_of(name, outputs, outputs).values()) == {0.0}
-    assert value_of("tug_of_war", outputs, outputs) == {"all": 1.0}
+    assert set(value_of("probability_distance", outputs, outputs).values()) == {0.0}
+    for name in ("tug_of_war", "tug_of_war_membership"):
+        assert value_of(name, outputs, outputs) == {"all": 1.0}
+
+
+def test_probability_distance_is_to_the_mean_of_the_references() -> None:
+    """.9 and .1 against references of .5 and .7, .2 and .4: |.9 - .6| and |.1 - .3|, and not the mean of four gaps."""
+    run = {"forget": confident([0.9, 0.1])}
+    references = [{"forget": confident([0.5, 0.2])}, {"forget": confident([0.7, 0.4])}]
+    found = COMPARISONS["probability_distance"]({"outputs": run, "references": references}, {})
+    assert found == pytest.approx({"forget": 0.25}, abs=1e-9)
+
+
+def test_membership_tug_of_war_by_hand() -> None:
+    def metrics(attack: float, retain: float, test: float) -> dict[str, dict[str, float]]:
+        return {
+            "published_svc_confidence": {"forget": attack},
+            "accuracy": {"forget": 0, "retain": retain, "test": test},
+        }
+
+    available = {"metrics": metrics(0.5, 0.9, 0.8), "reference_metrics": metrics(0.3, 1.0, 0.75)}
+    found = COMPARISONS["tug_of_war_membership"](available, {})
+    assert found == pytest.approx({"all": 0.8 * 0.9 * 0.95})
+
+
+def test_entropies_by_hand() -> None:
+    logits = np.log(np.array([[1.0, 2.0, 5.0], [1.0, 2.0, 5.0]]))  # probabilities 1/8, 2/8, 5/8
+    split = SplitOutputs(logits, np.array([0, 2]), np.array([0, 2]))
+    p = np.array([1, 2, 5]) / 8
+    assert entropies(split) == pytest.approx([-(p * np.log(p)).sum()] * 2)
+    first = -(7 / 8) * np.log(1 / 8) - (2 / 8) * np.log(6 / 8) - (5 / 8) * np.log(3 / 8)
+    second = -(3 / 8) * np.log(5 / 8) - (1 / 8) * np.log(7 / 8) - (2 / 8) * np.log(6 / 8)
+    assert modified_entropies(split) == pytest.approx([first, second])
+
+
+def test_modified_entropy_is_finite_where_a_model_is_certain() -> None:
+    logits = np.array([[60000.0, 0.0, 0.0], [60000.0, 0.0, 0.0]])  # p = 1, 0, 0
+    split = SplitOutputs(logits, np.array([0, 1]), np.array([0, 1]))
+    right, wrong = modified_entropies(split)
+    assert right == 0
+    assert np.isfinite(wrong)
+    assert wrong > 60000, "a sure mistake has the largest modified entropy"
 
 
 def test_differences_are_positive_where_the_run_forgets_more() -> None:
