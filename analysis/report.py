@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from analysis import figures, tables
+from analysis import figures, paper, tables
 from analysis.load import Tables, load
 from orchestrator.registry import InputError
 
@@ -30,7 +30,12 @@ _PAIRED = (
 )
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _ENOUGH = 5  # references per forget set
-_EXTRA = ("SVC confidence", "SVC correctness", "realised", "effective")
+_EXTRA = (
+    "ToW-MIA (floor)",
+    "probability distance (floor)",
+    *(f"SVC {name.removeprefix('published_svc_').replace('_', ' ')}" for name in tables.ATTACKS),
+    *("realised", "effective"),
+)
 
 
 def write(exports: Path, out: Path, sweep: str | None = None, facts: Mapping[str, str] | None = None) -> Path:
@@ -102,12 +107,19 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         "quality": None,
         "tables": [],
         "paired": None,
+        "paper": [],
+        "published": [],
+        "ablations": [],
         "layers": None,
     }
     if has_runs and sweep is not None:
         content["quality"] = _embed(figures.forget_quality(read, sweep))
         content["tables"] = _tables(tables.comparison_table(read, sweep))
         content["paired"] = _paired(tables.paired_table(read, sweep))
+        shaped = paper.paper_table(read, sweep)
+        content["paper"] = _paper(shaped)
+        content["published"] = paper.comparisons_with_paper(shaped, recipe)
+        content["ablations"] = _ablations(paper.ablation_table(read, sweep))
         if _has_layers(read, runs):
             content["layers"] = _embed(figures.layer_shares(read, sweep))
     return content
@@ -212,7 +224,11 @@ def _tables(frame: pl.DataFrame) -> list[dict[str, Any]]:
             [
                 *tables.cells(line, tables.ends),
                 *((tables.ends(line, f"forget_{part}") for part in ("flipped", "unflipped")) if has_parts else ()),
-                *(tables.number(line[f"published_svc_{attack}"]) for attack in ("confidence", "correctness")),
+                *(
+                    f"{tables.number(line[name], 3)} ({tables.number(line[f'{name}_floor'], 3)})"
+                    for name in ("tug_of_war_membership", "probability_distance")
+                ),
+                *(tables.number(line[attack]) for attack in tables.ATTACKS),
                 *(tables.number(line[f"{kind}_budget"], 4) for kind in ("realised", "effective")),
             ]
             for line in lines
@@ -241,6 +257,26 @@ def _paired(frame: pl.DataFrame) -> dict[str, Any] | None:
     ]
     tested = frame["p_holm"].drop_nulls()
     return {"columns": _PAIRED, "lines": lines, "tested": len(tested), "significant": int((tested < 0.05).sum())}
+
+
+def _paper(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "caption": paper.paper_caption(group.to_dicts()),
+            "columns": paper.PAPER_HEADINGS,
+            "lines": [paper.paper_cells(line) for line in group.to_dicts()],
+        }
+        for (name, _), group in frame.group_by("forget_set", "forget_draw", maintain_order=True)
+    ]
+
+
+def _ablations(frame: pl.DataFrame) -> list[dict[str, Any]]:
+    parts = []
+    for (name, _), group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
+        columns, lines = paper.ablation_grid(group)
+        parts.append({"name": name, "floor": tables.number(group["floor"][0], 3), "columns": columns, "lines": lines})
+    return parts
 
 
 def _short(value: float | None) -> str:

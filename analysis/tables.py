@@ -20,10 +20,12 @@ from analysis.load import Tables
 
 SETTING = ("forget_set", "forget_draw", "arm", "variant", "learning_rate", "budget")
 SPLITS = ("forget", "retain", "test", "forget_flipped", "forget_unflipped")
+EVERY = "all"  # the reference key of comparisons with all references together
 GATE, HARD_GATE = 0.995, 0.97
 _PARTS = ("difference", "standard_error", "low", "high")
 _MEANS = ("realised_budget", "effective_budget", "steps_ratio", "seconds")
-_ATTACKS = ("published_svc_confidence", "published_svc_correctness")
+_FEATURES = ("confidence", "correctness", "entropy", "modified_entropy", "probability")
+ATTACKS = tuple(f"published_svc_{feature}" for feature in _FEATURES)
 _KEYS = {
     "forget_set": pl.String(),
     "forget_draw": pl.Int64(),
@@ -44,7 +46,11 @@ COMPARISON: Mapping[str, pl.DataType] = {
     "membership_auc": pl.Float64(),
     "reference_auc": pl.Float64(),
     "membership_auc_difference": pl.Float64(),
-    **{name: pl.Float64() for name in (*_ATTACKS, *_MEANS)},
+    "tug_of_war_membership": pl.Float64(),
+    "tug_of_war_membership_floor": pl.Float64(),
+    "probability_distance": pl.Float64(),
+    "probability_distance_floor": pl.Float64(),
+    **{name: pl.Float64() for name in (*ATTACKS, *_MEANS)},
 }
 PAIRED: Mapping[str, pl.DataType] = {
     **{name: kind for name, kind in _KEYS.items() if name not in ("arm", "forget_draw")},
@@ -144,11 +150,13 @@ def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
     set that has both) `<split>_difference`, `_standard_error`, `_low`, `_high` in percentage points; reference_band,
     half of the 95 % interval in which one more reference's forget accuracy would fall; tug_of_war and its floor
     (references against one another); excess_disagreement (share of the forget set); the membership AUC of the runs and
-    of the references, and the mean of reference - run; the published attacks; means of budgets, steps and seconds.
+    of the references, and the mean of reference - run; tug-of-war with the published attack in it, and the distance
+    of the given label's probability to the references' mean, each with its floor (a reference against
+    the others); the published attacks; means of budgets, steps and seconds.
     Null where there is nothing to compare with.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
-    references = _references(runs)
+    references = references_of(runs)
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
         against = references.get((str(setting[0]), setting[1]), [])
@@ -156,7 +164,8 @@ def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
     return pl.DataFrame(lines, schema=dict(COMPARISON))
 
 
-def _references(runs: pl.DataFrame) -> dict[tuple[str, object], list[str]]:
+def references_of(runs: pl.DataFrame) -> dict[tuple[str, object], list[str]]:
+    """The keys of the references by forget set and draw."""
     chosen = runs.filter(pl.col("arm") == "reference").group_by("forget_set", "forget_draw", maintain_order=True)
     return {(str(name), draw): group["key"].to_list() for (name, draw), group in chosen}
 
@@ -176,10 +185,14 @@ def _line(group: pl.DataFrame, references: list[str], values: Values) -> dict[st
         "membership_auc": _mean(values.metric(keys, "membership_auc", "forget")),
         "reference_auc": _mean(values.metric(references, "membership_auc", "forget")),
         "membership_auc_difference": _mean(values.pairs(keys, references, "membership_auc_difference", "forget")),
+        "tug_of_war_membership": _mean(values.pairs(keys, references, "tug_of_war_membership", "all")),
+        "tug_of_war_membership_floor": _mean(values.pairs(references, references, "tug_of_war_membership", "all")),
+        "probability_distance": _mean(values.pairs(keys, [EVERY], "probability_distance", "forget")),
+        "probability_distance_floor": _mean(values.pairs(references, [EVERY], "probability_distance", "forget")),
     }
     return (
         line
-        | {attack: _mean(values.metric(keys, attack, "forget")) for attack in _ATTACKS}
+        | {attack: _mean(values.metric(keys, attack, "forget")) for attack in ATTACKS}
         | {column: group[column].mean() for column in _MEANS}
     )
 
@@ -209,7 +222,7 @@ def paired_table(tables: Tables, sweep: str) -> pl.DataFrame:
     `p` two-sided, `p_holm` adjusted within the table. A single pair has no interval; without spread there is no p.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
-    references = _references(runs)
+    references = references_of(runs)
     measured: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
     named = ("forget_set", "arm", "variant", "learning_rate", "budget")
     for name, group in (

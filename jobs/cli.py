@@ -178,11 +178,12 @@ def report(
         str | None, typer.Option(help="Key of a sweep, or its first characters. Default: the newest.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    table: Annotated[str, typer.Option(help="What to print: comparison, paper or ablation.")] = "comparison",
 ) -> None:
-    """Write the HTML report of a sweep, and print its table, from the exported tables."""
+    """Write the HTML report of a sweep, and print one of its tables, from the exported tables."""
     from jobs import report as job
 
-    job.run(storage, sweep, out)
+    job.run(storage, sweep, out, table)
 
 
 @app.command("list")

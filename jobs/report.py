@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
-from analysis import load, report, tables
+from analysis import load, paper, report, tables
 from jobs.progress import console
 from jobs.session import existing_store
 from orchestrator import results
-from orchestrator.registry import InputError
+from orchestrator.registry import InputError, suggest
 from orchestrator.store import Store
 
 _TABLE_WIDTH = 124  # columns that the terminal table needs; a narrower terminal wraps its lines
 
 
-def run(storage: str, sweep: str | None, out: Path) -> None:
-    """Print the table of a sweep (the newest, unless one is named) and write its report."""
+def run(storage: str, sweep: str | None, out: Path, table: str = "comparison") -> None:
+    """Print a table of a sweep (the newest, unless one is named) and write its report."""
     store = existing_store(storage)
     chosen = newest(store, sweep)
     if chosen is not None:
-        show(store, chosen)
+        show(store, chosen, table)
     try:
         write(store, chosen, out)
     except OSError as error:
@@ -59,11 +60,20 @@ def exports(store: Store) -> Iterator[Path]:
         yield Path(folder)
 
 
-def show(store: Store, sweep: str) -> None:
-    """Print a sweep's table, one part per forget set."""
+TABLES: Mapping[str, Callable[[load.Tables, str], list[Table]]] = {
+    "comparison": lambda read, sweep: tables.render(tables.comparison_table(read, sweep)),
+    "paper": lambda read, sweep: paper.render(paper.paper_table(read, sweep)),
+    "ablation": lambda read, sweep: paper.render_ablation(paper.ablation_table(read, sweep)),
+}
+
+
+def show(store: Store, sweep: str, table: str = "comparison") -> None:
+    """Print one of a sweep's tables, one part per forget set."""
+    if table not in TABLES:
+        raise InputError(f"unknown table {table!r}; {suggest(table, TABLES)}")
     with exports(store) as folder:
         wide = Console(width=max(console.width, _TABLE_WIDTH))
-        for part in tables.render(tables.comparison_table(load.load(folder), sweep)):
+        for part in TABLES[table](load.load(folder), sweep):
             wide.print(part)
 
 
