@@ -76,6 +76,7 @@ def _outputs(seed: int) -> dict[str, SplitOutputs]:
     return made
 
 
+SMALL = {"width": 4, "dim": 24, "depth": 1, "heads": 2, "dim_head": 8, "mlp": 16, "patch_size": 4}  # of models
 REQUIRED = {  # options of forget sets that have no default
     "file": {"path": "mine.txt"},
     "random_of_classes": {"classes": "a,2"},
@@ -112,8 +113,8 @@ def numbers() -> dict[str, dict[str, list[float]]]:
             torch.cat([part.flatten() for part in scores.values()])
         )
     for name, kind in MODELS.items():
-        shape = (3, 16, 16)
-        made = factory(name, {"width": 4}, shape, 5)(generator(3, "golden"))
+        small = {option: value for option, value in SMALL.items() if option in kind.options}
+        made = factory(name, small, (3, 32, 32) if name == "vgg16" else (3, 16, 16), 5)(generator(3, "golden"))
         found["model"][f"{name} {kind.version}"] = _summary(_flat(made))
     inputs = {"outputs": _outputs(1), "reference": _outputs(2), "references": [_outputs(2), _outputs(3)]}
     for side, of in (("metrics", "outputs"), ("reference_metrics", "reference")):

@@ -1,12 +1,19 @@
+import math
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
 
 from orchestrator.models import MODELS, factory, head_names
+from orchestrator.models.vit import LocalAttention, patches, shifted
 from orchestrator.registry import InputError
 from orchestrator.seeds import generator
 
 SHAPES = {"small_cnn": (1, 8, 8)}  # what else is registered gets CIFAR's
+TORCHVISION = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
 
 
 def shape_of(name: str) -> tuple[int, int, int]:
@@ -45,7 +52,8 @@ def test_the_head_is_the_layer_that_gives_the_logits(name: str) -> None:
     model = factory(name, {}, shape_of(name), 7)(generator(0)).eval()
     head = head_names(model)
     parameters = dict(model.named_parameters())
-    assert {len(parameters[part]) for part in head} == {7}
+    assert 7 in {len(parameters[part]) for part in head}
+    assert hasattr(model, "head_prefix") or {len(parameters[part]) for part in head} == {7}
     with torch.no_grad():
         for part in head:
             parameters[part].zero_()
@@ -83,3 +91,150 @@ def test_unknown_models_and_options_are_refused() -> None:
         factory("resnet99", {}, (3, 32, 32), 10)
     with pytest.raises(InputError, match="did you mean 'width'"):
         factory("resnet9", {"widht": 8}, (3, 32, 32), 10)
+
+
+# ---- residual networks against torchvision's -----------------------------------------------------------------------
+
+
+def theirs(name: str, small: bool, num_classes: int = 10) -> nn.Module:
+    """torchvision's network, changed for small images as the code of DEL changes it."""
+    net: nn.Module = TORCHVISION[name](num_classes=num_classes)
+    if small:
+        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        net.maxpool = nn.Identity()
+    return net
+
+
+@pytest.mark.parametrize(("stem", "side"), [("small", 32), ("standard", 64), ("auto", 32), ("auto", 64)])
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_a_resnet_is_torchvisions(name: str, stem: str, side: int) -> None:
+    ours = factory(name, {"stem": stem}, (3, side, side), 10)(generator(0))
+    reference = theirs(name, side == 32).to(memory_format=torch.channels_last)
+    assert [(n, t.shape) for n, t in ours.state_dict().items()] == [
+        (n, t.shape) for n, t in reference.state_dict().items()
+    ]
+    reference.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 3, side, side, generator=generator(1)).to(memory_format=torch.channels_last)
+    for mode in (False, True):
+        ours.train(mode)
+        reference.train(mode)
+        assert torch.equal(ours(images), reference(images))
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_a_resnet_begins_as_torchvisions_does(name: str) -> None:
+    torch.manual_seed(3)
+    reference = theirs(name, small=False)
+    torch.manual_seed(3)
+    ours = MODELS[name]({"image_shape": (3, 64, 64), "num_classes": 10}, {"stem": "standard"})
+    assert same(ours, reference)
+
+
+def test_resnet18_on_cifar_has_the_parameters_of_the_paper() -> None:
+    assert num_parameters(factory("resnet18", {}, (3, 32, 32), 10)(generator(0))) == 11_173_962
+
+
+# ---- transformers --------------------------------------------------------------------------------------------------
+
+
+def test_the_parameters_of_the_small_data_vit_by_hand() -> None:
+    patches, length, inner = 16, 5 * 3 * 8 * 8, 8 * 64
+    tokens = 2 * length + length * 512 + 512  # layer norm, projection
+    positions = (patches + 1) * 512 + 512  # and the class token
+    attention = 1 + 2 * 512 + 512 * 3 * inner + inner * 512 + 512  # temperature, norm, q k v without bias, output
+    feed_forward = 2 * 512 + 512 * 1536 + 1536 + 1536 * 512 + 512
+    head = 2 * 512 + 512 * 10 + 10
+    expected = tokens + positions + 4 * (attention + feed_forward) + head
+    model = factory("vit_small_data", {}, (3, 32, 32), 10)(generator(0))
+    assert num_parameters(model) == expected
+    assert head_names(model) == {"mlp_head.0.weight", "mlp_head.0.bias", "mlp_head.1.weight", "mlp_head.1.bias"}
+
+
+def test_local_attention_equals_a_loop_over_queries() -> None:
+    torch.manual_seed(0)
+    layer = LocalAttention(dim=6, heads=2, dim_head=3, dropout=0.0).double()
+    with torch.no_grad():
+        layer.temperature.fill_(0.3)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    normed = functional.layer_norm(x, (6,), layer.norm.weight, layer.norm.bias)
+    q, k, v = (normed @ layer.to_qkv.weight.T).chunk(3, dim=-1)
+    expected = torch.zeros(2, 5, 6, dtype=torch.float64)
+    for n in range(2):
+        for head in range(2):
+            part = slice(3 * head, 3 * head + 3)
+            for i in range(5):
+                others = [j for j in range(5) if j != i]  # no token looks at itself
+                scores = torch.stack([q[n, i, part] @ k[n, j, part] for j in others]) / math.exp(0.3)
+                weights = scores.softmax(0)
+                expected[n, i, part] = sum(w * v[n, j, part] for w, j in zip(weights, others, strict=True))
+    out = layer.to_out[0]
+    torch.testing.assert_close(layer(x), expected @ out.weight.T + out.bias)
+
+
+def test_shifts_move_to_the_four_corners_and_let_zeros_in() -> None:
+    image = torch.arange(1.0, 17).view(1, 1, 4, 4)
+    parts = shifted(image, 1)[0]
+    assert torch.equal(parts[0], image[0, 0])
+    corners = set()
+    for part in parts[1:]:
+        assert (part == 0).sum() == 7, "one row and one column of zeros"
+        (y, x) = (part == 6).nonzero()[0].tolist()  # 6 was at row 1, column 1
+        corners.add((y - 1, x - 1))
+    assert corners == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
+
+
+def test_patches_hold_the_pixels_of_their_square() -> None:
+    image = torch.rand(2, 3, 4, 6)
+    cut = patches(image, 2)
+    assert cut.shape == (2, 6, 12)
+    for row in range(2):
+        for column in range(3):
+            square = image[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            assert torch.equal(cut[:, 3 * row + column].sort().values, square.flatten(1).sort().values)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "words"),
+    [
+        ("vit_small_data", {"patch_size": 8}, (1, 28, 28), "patch_size is 8, images are 28x28; allowed: a divisor"),
+        ("vit", {}, (3, 30, 30), "patch_size is 4"),
+        ("vit", {}, (1, 32, 32), "allowed: three channels, square"),
+        ("vit", {"dim": 100, "heads": 3}, (3, 32, 32), "allowed: a dim that heads divides"),
+        ("vgg16", {}, (3, 28, 28), "images are 28x28; allowed: 32 pixels a side or more"),
+        ("resnet18", {}, (1, 7, 7), "images are 7x7; allowed: 8 pixels"),
+        ("resnet50", {"stem": "standard"}, (3, 28, 28), "allowed: 32 pixels"),
+    ],
+)
+def test_images_that_a_model_cannot_take_are_refused(
+    name: str, options: dict[str, object], shape: Any, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        factory(name, options, shape, 10)(generator(0))
+
+
+# ---- the pairs of the paper, and others ----------------------------------------------------------------------------
+
+PAIRS = [
+    ("resnet18", {}, (3, 32, 32), 10),  # CIFAR-10
+    ("vit_small_data", {}, (3, 32, 32), 10),  # SVHN
+    ("resnet50", {}, (3, 128, 128), 100),  # ImageNet-100
+    ("resnet50", {}, (3, 32, 32), 100),  # CIFAR-100
+    ("resnet18", {}, (1, 28, 28), 10),  # Fashion-MNIST
+    ("vit_small_data", {"patch_size": 7}, (1, 28, 28), 10),
+    ("vgg16", {}, (3, 32, 32), 10),
+    ("vit", {}, (3, 32, 32), 10),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "shape", "num_classes"), PAIRS)
+def test_one_step_of_training_moves_every_parameter(
+    name: str, options: dict[str, object], shape: Any, num_classes: int
+) -> None:
+    model = factory(name, options, shape, num_classes)(generator(0)).train()
+    images: Tensor = torch.rand(2, *shape, generator=generator(1)).to(memory_format=torch.channels_last)
+    loss = functional.cross_entropy(model(images), torch.tensor([0, num_classes - 1]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(loss)
+    for parameter, value in model.named_parameters():
+        assert value.grad is not None, parameter
+        assert torch.isfinite(value.grad).all(), parameter

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from orchestrator.registry import Registry, Value
+from orchestrator.registry import InputError, Registry, Value
 
 Factory = Callable[[torch.Generator], nn.Module]
 """Makes a newly initialized model of one architecture (what methods call `fresh`)."""
@@ -33,8 +33,19 @@ def factory(name: str, options: Mapping[str, Value], image_shape: tuple[int, int
     return fresh
 
 
+def check_size(name: str, image_shape: tuple[int, int, int], smallest: int) -> None:
+    """Raise InputError where images are too small for a model."""
+    if min(image_shape[1:]) < smallest:
+        raise InputError(
+            f"model {name}: images are {image_shape[1]}x{image_shape[2]}; allowed: {smallest} pixels a side or more"
+        )
+
+
 def head_names(model: nn.Module) -> frozenset[str]:
-    """The parameters of the classifier: the last linear layer in order of definition."""
+    """The parameters of the classifier: what the model names `head_prefix`, else its last linear layer as defined."""
+    declared = getattr(model, "head_prefix", None)
+    if declared is not None:
+        return frozenset(name for name, _ in model.named_parameters() if name.startswith(f"{declared}."))
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     prefix = f"{linear[-1]}." if linear and linear[-1] else ""
     return frozenset(name for name, _ in model.named_parameters() if linear and name.startswith(prefix))
