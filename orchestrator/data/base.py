@@ -6,11 +6,13 @@ behind on purpose) and Outputs (the logits of one model).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -112,11 +114,29 @@ class Dataset:
     splits: Mapping[str, np.ndarray]
     class_names: tuple[str, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a mapped file may not be where a worker is: what travels is a plain array
+        plain = np.asarray(self.images).view(np.ndarray)
+        return Dataset, (plain, self.labels, self.true_labels, dict(self.splits), self.class_names)
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the final arrays and splits: what data means in a key."""
+        """SHA-256 over the final arrays and splits: what data means in a key. Kept beside images in a mapped file."""
+        name = getattr(self.images, "filename", None)
+        if name is None:
+            return self._digest({"images": self.images})
+        kept = Path(f"{name}.{self._digest({})[:16]}.fingerprint")  # the file's own name says which images it holds
+        if kept.is_file():
+            return kept.read_text(encoding="ascii")
+        content = self._digest({"images": self.images})
+        with contextlib.suppress(OSError):  # a cache that may only be read serves as well
+            kept.with_suffix(".partial").write_text(content, encoding="ascii")
+            kept.with_suffix(".partial").replace(kept)
+        return content
+
+    def _digest(self, images: Mapping[str, np.ndarray]) -> str:
         digest = hashlib.sha256()
-        named = {"images": self.images, "labels": self.labels, "true_labels": self.true_labels, **self.splits}
+        named = {**images, "labels": self.labels, "true_labels": self.true_labels, **self.splits}
         for name, array in sorted(named.items()):
             digest.update(f"{name}:{array.dtype.str}:{array.shape}:".encode())
             digest.update(np.ascontiguousarray(array).data)
@@ -184,3 +204,68 @@ def noisy(labels: np.ndarray, train: np.ndarray, fraction: float, num_classes: i
     rng = numpy_generator(seed, "label noise")
     count = round(fraction * len(train))
     return flip_labels(labels, rng.choice(train, count, replace=False), num_classes, rng)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of a data set is used (None: all), how many training labels are flipped, and the seed of both draws."""
+
+    num_train: int | None = None
+    num_validation: int = 0
+    num_test: int | None = None
+    label_noise: float = 0.0
+    seed: int = 0
+
+
+def assemble(
+    train_images: np.ndarray,
+    train_labels: np.ndarray,
+    test_images: np.ndarray,
+    test_labels: np.ndarray,
+    class_names: Sequence[str],
+    sizes: Sizes,
+    *,
+    purpose: str = "split",
+    whole: np.ndarray | None = None,
+) -> Dataset:
+    """Draw the splits (stratified, in the given order; all of a part without a size) and flip labels.
+
+    With `whole`, the images of both parts in one array, nothing is copied and the splits are rows of it.
+    """
+    chosen, chosen_test = draw_rows(train_labels, test_labels, sizes, purpose)
+    if whole is not None:
+        splits = {**chosen, "test": chosen_test + len(train_labels)}
+        labels = np.concatenate([train_labels, test_labels])
+        images = whole
+    else:
+        rows = np.concatenate([chosen["train"], chosen["validation"]])
+        if train_images.shape[1:] != test_images.shape[1:]:
+            raise InputError(
+                f"test images have shape {test_images.shape[1:]}, training images {train_images.shape[1:]}; "
+                "allowed: one size"
+            )
+        images = np.concatenate([train_images[rows], test_images[chosen_test]])
+        labels = np.concatenate([train_labels[rows], test_labels[chosen_test]])
+        splits = consecutive(chosen, chosen_test)
+    given = noisy(labels, splits["train"], sizes.label_noise, len(class_names), sizes.seed)
+    return Dataset(images, given, labels, splits, tuple(class_names))
+
+
+def draw_rows(
+    labels: np.ndarray, test_labels: np.ndarray, sizes: Sizes, purpose: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Sorted rows of the training part (train, validation) and of the test part."""
+    rng = numpy_generator(sizes.seed, purpose)
+    size = len(labels) - sizes.num_validation if sizes.num_train is None else sizes.num_train
+    chosen = stratified_split(labels, {"train": size, "validation": sizes.num_validation}, rng)
+    num_test = len(test_labels) if sizes.num_test is None else sizes.num_test
+    chosen_test = stratified_split(test_labels, {"test": num_test}, rng)["test"]
+    if not (len(chosen["train"]) and len(chosen_test)):
+        raise InputError(f"num_train is {size} and num_test is {len(chosen_test)}; allowed: 1 or more")
+    return chosen, chosen_test
+
+
+def consecutive(chosen: Mapping[str, np.ndarray], chosen_test: np.ndarray) -> dict[str, np.ndarray]:
+    """The splits of images that lie one after another: train, validation, test."""
+    bounds = np.cumsum([0, len(chosen["train"]), len(chosen["validation"]), len(chosen_test)])
+    return {name: np.arange(bounds[i], bounds[i + 1]) for i, name in enumerate(SPLITS)}
