@@ -100,6 +100,7 @@ class TrainingSpec(Spec):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     final: float = Field(default=0.01, ge=0, le=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    schedule: Literal["step", "epoch"] = Field(default="step", json_schema_extra={"unhashed_at": "step"})
 
     def build(self) -> Training:
         return Training(**self.model_dump())

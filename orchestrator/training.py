@@ -21,7 +21,8 @@ from orchestrator.data import Examples
 class Training:
     """How a model is trained from scratch.
 
-    The rate rises linearly over the share `warmup` of all steps, then falls on a cosine to `final` times its peak.
+    The rate rises linearly over the share `warmup` of all steps, then falls on a cosine to `final` times its peak; with
+    the `schedule` "epoch" it changes between epochs alone, as released with DEL (and reaches `final` after the last).
     Batches are full: the rest of each shuffled epoch is left out (of training only).
     """
 
@@ -33,6 +34,7 @@ class Training:
     warmup: float = 0.0
     final: float = 0.01
     precision: str = "fp32"
+    schedule: str = "step"
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,8 @@ def fit(
             stream = _stream(phases, training.batch_size, generator)
             for _, (loss_of, images, labels) in zip(range(per_epoch), stream, strict=False):
                 factor = rate_factor(step, num_steps, training.warmup, training.final)
+                if training.schedule == "epoch":
+                    factor = rate_factor(epoch, training.epochs + 1, training.warmup, training.final)
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * factor
                 with autocast():

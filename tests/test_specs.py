@@ -73,6 +73,7 @@ CHANGES: list[tuple[tuple[str, ...], Any]] = [
     (("setting", "training", "warmup"), 0.1),
     (("setting", "training", "final"), 0.02),
     (("setting", "training", "precision"), "bf16"),
+    (("setting", "training", "schedule"), "epoch"),
     (("forget", "rule"), ForgetSet(name="mislabelled")),
     (("forget", "rule", "options", "count"), 21),
     (("forget", "rule", "options", "unflipped"), False),

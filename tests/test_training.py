@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from orchestrator.data import Examples, Splits
 from orchestrator.models import Factory
@@ -332,3 +333,31 @@ def test_reset_takes_the_masked_entries_and_leaves_buffers(model: nn.Module, fre
         assert torch.equal(whole.get_parameter(name), new)
     for after in (changed, whole):
         assert all(torch.equal(a, b) for a, b in zip(after.buffers(), model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 30])
+def test_the_schedule_by_epochs_is_torchs_cosine_as_the_code_of_del_uses_it(epochs: int) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs, eta_min=0.001)
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    ours = [0.1 * rate_factor(epoch, epochs + 1, 0.0, 0.01) for epoch in range(epochs)]
+    assert ours == pytest.approx(rates)
+
+
+def test_within_an_epoch_the_rate_stays_where_the_schedule_says_so(model: nn.Module, splits: Splits) -> None:
+    """Without momentum and decay, one epoch in two steps at a constant rate, by hand."""
+    training = Training(0.1, epochs=1, batch_size=14, momentum=0.0, final=0.0, schedule="epoch")
+    found = fit(clone(model), splits.retain, training=training, generator=generator(0))
+    net = clone(model).train()
+    for images, labels in batches(splits.retain, 14, generator(0)):
+        net.zero_grad()
+        functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 0.1 * p.grad
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), value, rtol=1e-5, atol=1e-7)

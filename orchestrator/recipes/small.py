@@ -1,0 +1,59 @@
+"""Recipes that a laptop runs."""
+
+from __future__ import annotations
+
+from orchestrator.recipes.base import FORGET_SETS, RECIPES, arms, localizations, replaced, rivals
+from orchestrator.specs import DataSource, ForgetSet, Model, TrainingSpec
+from orchestrator.study import Campaign, Study
+
+
+@RECIPES
+def digits() -> Study:
+    """The demo: 8x8 digits with 5 % flipped labels, 200 subset models, three forget sets, DEL, SalUn and controls."""
+    return Study(
+        recipe="digits",
+        data=DataSource(name="digits", options={"label_noise": 0.05}),
+        model=Model(name="small_cnn"),
+        training=TrainingSpec(learning_rate=0.1, epochs=20, batch_size=64, warmup=0.2),
+        forget_sets=FORGET_SETS,
+        methods=arms(epochs=5, batch_size=64),
+    )
+
+
+@RECIPES
+def cifar10_small() -> Study:
+    """5,000 CIFAR-10 images from Parquet (set data.train and data.test), 5 % flipped labels, ResNet-9 of width 8."""
+    sizes = {"num_train": 5000, "num_validation": 1000, "num_test": 2000, "label_noise": 0.05}
+    return Study(
+        recipe="cifar10_small",
+        data=DataSource(
+            name="image_parquet", options={"train": "cifar10-train.parquet", "test": "cifar10-test.parquet", **sizes}
+        ),
+        model=Model(name="resnet9", options={"width": 8}),
+        training=TrainingSpec(
+            learning_rate=0.1, epochs=30, batch_size=128, weight_decay=5e-4, warmup=0.25, final=0.001
+        ),
+        campaign=Campaign(models=40),
+        forget_sets=(
+            ForgetSet(name="random"),
+            ForgetSet(name="mislabelled"),
+            ForgetSet(name="most_memorized", options={"count": 250}),
+        ),
+        methods=arms(epochs=6, batch_size=128, budget=(0.1, 0.3)),
+    )
+
+
+@RECIPES
+def cifar10_small_del() -> Study:
+    """All methods and localizations of the paper on `cifar10_small`, at three budgets; two forget sets."""
+    budget = (0.1, 0.2, 0.3)
+    options = {"lr": (0.05,), "epochs": (10,), "batch_size": (128,)}
+    return replaced(
+        cifar10_small(),
+        recipe="cifar10_small_del",
+        forget_sets=(ForgetSet(name="random"), ForgetSet(name="mislabelled")),
+        methods={
+            **rivals(epochs=10, batch_size=128, budget=budget),
+            **localizations(budget=budget, options=options),
+        },
+    )
