@@ -20,6 +20,7 @@ check: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python -m tests.benchmarks.trials
 	$(BIN)/python -m tests.benchmarks.models
+	$(BIN)/python -m tests.benchmarks.localization
 
 golden: .venv/dev.stamp
 	$(BIN)/python -m tests.golden

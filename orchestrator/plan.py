@@ -133,9 +133,7 @@ def _pinned_rule(rule: ForgetSet, dataset: Dataset, store: Store) -> ForgetSet:
             continue
         path = Path(options[name])
         if not path.is_file():
-            raise InputError(
-                f"{rule.name} file {str(path)!r} does not exist; give forget_sets.{rule.name}.{name} a file"
-            )
+            raise InputError(f"forget file {str(path)!r} does not exist; set forget_sets.{rule.name}.{name} to a file")
         _check_forget_set(rule, dataset, lambda given: Path(given).read_bytes())  # errors name the user's own path
         content = path.read_bytes()
         options[name] = f"{PINNED}{hashlib.sha256(content).hexdigest()[:32]}{path.suffix}"

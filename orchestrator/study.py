@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import reduce
 from itertools import product
 from typing import Any, Literal, Self, TypeVar
 
@@ -35,6 +34,7 @@ from orchestrator.specs import (
 from orchestrator.unlearning import METHODS
 
 T = TypeVar("T")
+N = TypeVar("N", bound=Named)
 
 
 class Campaign(Spec):
@@ -258,15 +258,25 @@ def checked(build: Callable[[], T]) -> T:
 
 
 def override(study: Study, assignments: Iterable[str]) -> Study:
-    """Apply `field=value` texts in turn; see `assign` for what a field may be."""
-    changed = reduce(assign, assignments, study)
+    """Apply `field=value` texts in turn; see `assign` for what a field may be.
+
+    A function named anew that has options without a default takes them from the texts that follow.
+    """
+    texts, changed = list(assignments), study
+    for place, text in enumerate(texts):
+        changed = assign(changed, text, dict(_split(later) for later in texts[place + 1 :]))
     for arm in changed.methods.values():
         arm.check_whole()  # not before: a strategy may be set before its budget
     return changed
 
 
-def assign(study: Study, assignment: str) -> Study:
-    """Apply one `field=value`.
+def _split(assignment: str) -> tuple[str, str]:
+    path, _, text = assignment.partition("=")
+    return path, text
+
+
+def assign(study: Study, assignment: str, later: Mapping[str, str] | None = None) -> Study:
+    """Apply one `field=value`; `later` holds the values that follow by field.
 
     Fields of the study and of its parts (`references`, `seeds`, `training.epochs`, `campaign.models`), options of its
     functions (`data.train`, `model.width`, `forget_sets.random.fraction`), which `methods` and `forget_sets` take part,
@@ -279,11 +289,11 @@ def assign(study: Study, assignment: str) -> Study:
     field, *rest = path.split(".")
     changes: Any
     if field in ("data", "model"):
-        changes = _named(getattr(study, field), rest, text, path)
+        changes = _named(getattr(study, field), rest, text, path, later or {})
     elif field in ("training", "campaign"):
         changes = _part(getattr(study, field), rest, text, path)
     elif field == "forget_sets":
-        changes = _forget_sets(study.forget_sets, rest, text, path)
+        changes = _forget_sets(study.forget_sets, rest, text, path, later or {})
     elif field == "methods":
         changes = _arms(study.methods, rest, text, path)
     elif field == "seeds" and not rest:
@@ -326,15 +336,20 @@ def _fields(study: Study) -> list[str]:
     return [*plain, "budget", *named, *parts, *sorted(axes)]
 
 
-def _named(named: Any, rest: list[str], text: str, path: str) -> Named:
+def _new(kind: type[N], name: str, prefix: str, later: Mapping[str, str]) -> N:
+    """A function by name, its options without a default taken from the values that follow."""
+    needed = [option.name for option in kind.registry[name].options.values() if option.is_required]
+    given = {option: later[f"{prefix}.{option}"] for option in needed if f"{prefix}.{option}" in later}
+    return checked(lambda: kind(name=name, options=given))
+
+
+def _named(named: N, rest: list[str], text: str, path: str, later: Mapping[str, str] | None = None) -> N:
     kind = type(named)
     if not rest:
-        new: Named = checked(lambda: kind(name=text))
-        return new
+        return _new(kind, text, path, later or {})
     if len(rest) > 1:
         raise InputError(f"unknown field {path!r}; {suggest(rest[0], named.entry.options)}")
-    changed: Named = checked(lambda: kind(name=named.name, options={**named.options, rest[0]: text}))
-    return changed
+    return checked(lambda: kind(name=named.name, options={**named.options, rest[0]: text}))
 
 
 def _part(part: Any, rest: list[str], text: str, path: str) -> Any:
@@ -343,10 +358,12 @@ def _part(part: Any, rest: list[str], text: str, path: str) -> Any:
     return _rebuild(part, rest[0], text)
 
 
-def _forget_sets(rules: tuple[ForgetSet, ...], rest: list[str], text: str, path: str) -> tuple[Named, ...]:
+def _forget_sets(
+    rules: tuple[ForgetSet, ...], rest: list[str], text: str, path: str, later: Mapping[str, str]
+) -> tuple[ForgetSet, ...]:
     by_name = {rule.name: rule for rule in rules}
     if not rest:
-        return tuple(by_name.get(name) or checked(lambda n=name: ForgetSet(name=n)) for name in text.split(","))  # type: ignore[misc]
+        return tuple(by_name.get(name) or _new(ForgetSet, name, f"{path}.{name}", later) for name in text.split(","))
     if rest[0] not in by_name:
         raise InputError(f"unknown field {path!r}; {suggest(rest[0], by_name)}")
     return tuple(_named(rule, rest[1:], text, path) if rule.name == rest[0] else rule for rule in rules)

@@ -425,3 +425,17 @@ def test_what_selects_a_mask_can_be_set(digits: Study) -> None:
         override(digits, ["methods.del.strategy=critmem", "methods.del.granularity=param"])
     with pytest.raises(InputError, match=r"h is '?-1'?; allowed"):
         override(digits, ["methods.del.h=-1"])
+
+
+def test_a_function_without_defaults_takes_its_options_from_what_follows(digits: Study) -> None:
+    study = override(digits, ["forget_sets=file,random", "seeds=0", "forget_sets.file.path=mine.csv"])
+    assert [(rule.name, rule.options.get("path")) for rule in study.forget_sets] == [
+        ("file", "mine.csv"),
+        ("random", None),
+    ]
+    moved = override(digits, ["data=image_parquet", "data.train=a.parquet", "data.test=b.parquet", "data.num_train=9"])
+    assert (moved.data.options["train"], moved.data.options["num_train"]) == ("a.parquet", 9)
+    with pytest.raises(InputError, match="forget set file needs the option path"):
+        override(digits, ["forget_sets=file"])
+    with pytest.raises(InputError, match="data set image_parquet needs the option test"):
+        override(digits, ["data=image_parquet", "data.train=a.parquet"])

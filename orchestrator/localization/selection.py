@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,17 +82,32 @@ def rank(scores: Mapping[str, Tensor], granularity: str, h: str | int | float = 
         rows = part.flatten(1) if granularity == "channel" and part.ndim > 1 else part.reshape(-1, 1)
         units.append(_mean_of_highest(rows, h))
         sizes.append(torch.full((len(rows),), rows.shape[1]))
-    order = torch.argsort(torch.cat(units), descending=True, stable=True)
-    ordered = torch.cat(sizes)[order]
-    starts = torch.empty_like(ordered)
-    starts[order] = ordered.cumsum(0) - ordered
+    order = _descending(torch.cat(units))
+    starts = torch.empty(len(order), dtype=torch.int32)
+    if all(int(size[0]) == 1 for size in sizes):
+        starts[order] = torch.arange(len(order), dtype=torch.int32)
+    else:
+        ordered = torch.cat(sizes)[order]
+        starts[order] = (ordered.cumsum(0) - ordered).int()
     ranks = {}
     for (name, part), start, size in zip(
         scores.items(), torch.split(starts, [len(unit) for unit in units]), sizes, strict=True
     ):
         inside = torch.arange(int(size[0]), dtype=torch.int32)
-        ranks[name] = (start.int()[:, None] + inside).view(part.shape)
+        ranks[name] = (start[:, None] + inside).view(part.shape)
     return Ranking(ranks, sum(int((part >= 1).sum()) for part in scores.values()))
+
+
+def _descending(values: Tensor) -> Tensor:
+    """The order of non-negative float32 values, highest first, ties by position; int64.
+
+    The bits of such floats rise with their values, so (highest - bits, position) is one whole number, and sorting
+    those is several times as fast as a stable argsort.
+    """
+    bits = (values + 0.0).contiguous().numpy().view(np.uint32).astype(np.uint64)  # + 0.0: one form for zero
+    keys = ((np.uint64(0xFFFFFFFF) - bits) << np.uint64(32)) | np.arange(len(bits), dtype=np.uint64)
+    keys.sort()
+    return torch.from_numpy((keys & np.uint64(0xFFFFFFFF)).astype(np.int64))
 
 
 def select(
