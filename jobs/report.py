@@ -18,6 +18,7 @@ from orchestrator.registry import InputError, suggest
 from orchestrator.store import Store
 
 _TABLE_WIDTH = 124  # columns that the terminal table needs; a narrower terminal wraps its lines
+_WIDTHS = {"paper": 150}
 
 
 def run(storage: str, sweep: str | None, out: Path, table: str = "comparison") -> None:
@@ -72,7 +73,7 @@ def show(store: Store, sweep: str, table: str = "comparison") -> None:
     if table not in TABLES:
         raise InputError(f"unknown table {table!r}; {suggest(table, TABLES)}")
     with exports(store) as folder:
-        wide = Console(width=max(console.width, _TABLE_WIDTH))
+        wide = Console(width=max(console.width, _WIDTHS.get(table, _TABLE_WIDTH)))
         for part in TABLES[table](load.load(folder), sweep):
             wide.print(part)
 

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import safetensors.numpy
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from orchestrator.data import Outputs, SplitOutputs
 from orchestrator.registry import InputError, canonical_json
+from orchestrator.specs import ForgetSpec, Setting, key
 from orchestrator.store import Store
 
 SCHEMA_VERSION = "1"
@@ -133,8 +135,16 @@ class Row:
 
     @property
     def comparable_with(self) -> str:
-        """Rows with the same text may be compared: equal data, model, training recipe and forget set."""
-        return canonical_json([self.spec["setting"], self.spec["forget"]])
+        """Rows with the same text may be compared: equal data, model, training recipe and forget set.
+
+        By key, so that a row from before a field was added agrees with one that has it at its default; as stored,
+        where a plugin that is not loaded is part of it.
+        """
+        parts = self.spec["setting"], self.spec["forget"]
+        try:
+            return canonical_json([key(Setting(**parts[0])), key(ForgetSpec(**parts[1]))])
+        except (InputError, ValidationError):
+            return canonical_json(parts)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from orchestrator.data import SplitOutputs
+from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
 from orchestrator.results import (
     TABLES,
@@ -277,3 +278,15 @@ def test_rows_are_plain_json(store: Store, tmp_path: Path) -> None:
     put_row(store, ROW)
     body = json.loads((tmp_path / "rows" / f"{ROW.key}.json").read_text())["body"]
     assert body == json.loads(json.dumps(asdict(ROW)))
+
+
+def test_a_row_from_before_a_field_was_added_agrees_with_one_at_its_default() -> None:
+    """Rows keep their spec as it was written: what came later must not part runs from their references."""
+    study = RECIPES["digits"].function()
+    spec = study.runs("0" * 64)[0][1].model_dump(mode="json")
+    older = json.loads(json.dumps(spec))
+    del older["setting"]["training"]["schedule"], older["forget"]["rule"]["options"]["as_released"]
+    stored, earlier = replace(ROW, spec=spec), replace(ROW, spec=older)
+    assert stored.comparable_with == earlier.comparable_with
+    spec["setting"]["training"]["schedule"] = "epoch"
+    assert stored.comparable_with != earlier.comparable_with
