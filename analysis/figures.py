@@ -82,6 +82,9 @@ def gallery(tables: Tables, scores_key: str) -> Figure:
     return figure
 
 
+_MASKS_ABREAST = 6
+
+
 def forget_quality(tables: Tables, sweep: str) -> Figure:
     """Forget accuracy against the references' (points, 95 % intervals) and tug-of-war, by budget, for each forget set.
 
@@ -90,7 +93,10 @@ def forget_quality(tables: Tables, sweep: str) -> Figure:
     frame = comparison_table(tables, sweep)
     panels = list(frame.group_by("forget_set", "forget_draw", maintain_order=True))
     arms = frame["arm"].unique(maintain_order=True).to_list()
-    figure = Figure(figsize=(3.9 * max(1, len(panels)) + 1.0, 6.8), layout="constrained")
+    settings = frame.select("arm", "variant", "learning_rate").n_unique()
+    width = 3.9 * max(1, len(panels)) + 1.0
+    legend_columns = max(1, int(width / 2.7))
+    figure = Figure(figsize=(width, 5.8 + 0.18 * (settings / legend_columns + 2)), layout="constrained")
     grid = figure.subplots(2, max(1, len(panels)), squeeze=False, sharex=True)
     budgets = sorted(frame["budget"].drop_nulls().unique().to_list())
     for column, ((forget_set, draw), part) in enumerate(panels):
@@ -114,7 +120,7 @@ def forget_quality(tables: Tables, sweep: str) -> Figure:
     handles = {
         label: handle for axes in grid.ravel() for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=legend_columns, fontsize=8)
     return figure
 
 
@@ -133,7 +139,8 @@ def _curves(axes: Axes, part: pl.DataFrame, arms: Sequence[str], budgets: Sequen
             continue
         number, masked = arms.index(arm), lines[0]["budget"] is not None
         if masked:
-            xs = [places[line["budget"]] + 0.05 * (number - len(arms) / 2) + 0.02 * index for line in lines]
+            step = min(0.05, 0.5 / len(arms))
+            xs = [places[line["budget"]] + step * (number - len(arms) / 2) + 0.02 * index for line in lines]
         else:  # side by side, so that no interval hides another
             xs = [middle + width * ((apart.index(lines) + 0.5) / len(apart) - 0.5)] * len(lines)
         with_errors = value == "forget_difference" and all(line["forget_low"] is not None for line in lines)
@@ -145,14 +152,14 @@ def _curves(axes: Axes, part: pl.DataFrame, arms: Sequence[str], budgets: Sequen
             color=_COLOURS[number % len(_COLOURS)],
             label=name_of(lines[0]) + ("" if rate is None else f", rate {rate:g}"),
             linestyle=_LINES[index % 4] if masked else "none",
-            marker=_MARKERS[index % 4],
+            marker=_MARKERS[(index + number // len(_COLOURS)) % 4],  # colours come again after eight arms
             markersize=4,
             linewidth=1.2,
             elinewidth=0.7,
             capsize=1.5,
         )
     ticks, names = list(places.values()), [f"{budget:g}" for budget in budgets]
-    axes.set_xticks([*ticks, *([middle] if apart else [])], [*names, *(["no mask"] if apart else [])])
+    axes.set_xticks([*ticks, *([middle] if apart else [])], [*names, *(["no budget asked"] if apart else [])])
     if apart and budgets:
         axes.axvline(middle - width / 2 - 0.15, color="0.8", linewidth=0.8)
 
@@ -176,17 +183,23 @@ def layer_shares(tables: Tables, sweep: str) -> Figure:
     forget_sets = runs["forget_set"].unique(maintain_order=True).to_list()
     arms = runs["arm"].unique(maintain_order=True).to_list()
     budgets = sorted(per_run["budget"].unique().to_list())
-    rows, columns = len(forget_sets), len(arms)
+    columns = min(_MASKS_ABREAST, len(arms))
+    blocks = -(-len(arms) // columns)
+    rows = len(forget_sets) * blocks
     figure = Figure(figsize=(2.9 * columns + 1.8, (0.3 * len(names) + 0.7) * rows + 0.9), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True)
+    for empty in grid.ravel():
+        empty.set_visible(False)
     shares = {line[:4]: line[4] for line in means.select("forget_set", "arm", "budget", "layer", "share").rows()}
-    for (row, forget_set), (column, arm) in product(enumerate(forget_sets), enumerate(arms)):
+    labels = [f"{name} ({entries:,} entries)" for name, entries in names.rows()]
+    for (place, forget_set), (number, arm) in product(enumerate(forget_sets), enumerate(arms)):
+        row, column = place * blocks + number // columns, number % columns
+        grid[row, column].set_visible(True)
         values = np.array([[shares.get((forget_set, arm, b, n), np.nan) for b in budgets] for n in names["layer"]])
         image = _heat(grid[row, column], values)
         grid[row, column].set_title(f"{forget_set}: {arm}", fontsize=9)
         grid[row, column].set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
         grid[-1, column].set_xlabel("budget")
-        labels = [f"{name} ({entries:,} entries)" for name, entries in names.rows()]
         grid[row, 0].set_yticks(range(len(names)), labels)
     label = f"share of the layer, mean of {counted(means['len'].to_list())} runs (all seeds and rates)"
     figure.colorbar(image, ax=list(grid.ravel()), label=label, aspect=40)

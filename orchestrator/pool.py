@@ -68,7 +68,7 @@ def ray_cluster(
         else:
             scratch = tempfile.mkdtemp(prefix="ray-", dir=_SHORT)
             ray.init(
-                num_cpus=workers or os.cpu_count(),
+                num_cpus=workers or _num_cores(),
                 include_dashboard=False,
                 _temp_dir=scratch,
                 object_store_memory=_store_bytes(),
@@ -111,6 +111,11 @@ def _size(resources: Mapping[str, float], workers: int | None, gpus_per_worker: 
             f"a worker takes 1 core and {gpus_per_worker:g} GPUs: change --gpus-per-worker, or add nodes"
         )
     return Cluster(min(workers or room, room), gpus_per_worker)
+
+
+def _num_cores() -> int:
+    """The cores that this process may use, which on a shared machine are fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _store_bytes() -> int:
