@@ -121,12 +121,13 @@ def test_a_resnet_is_torchvisions(name: str, stem: str, side: int) -> None:
         assert torch.equal(ours(images), reference(images))
 
 
+@pytest.mark.parametrize("stem", ["small", "standard"])
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_a_resnet_begins_as_torchvisions_does(name: str) -> None:
+def test_a_resnet_begins_as_torchvisions_does(name: str, stem: str) -> None:
     torch.manual_seed(3)
-    reference = theirs(name, small=False)
+    reference = theirs(name, stem == "small")
     torch.manual_seed(3)
-    ours = MODELS[name]({"image_shape": (3, 64, 64), "num_classes": 10}, {"stem": "standard"})
+    ours = MODELS[name]({"image_shape": (3, 64, 64), "num_classes": 10}, {"stem": stem})
     assert same(ours, reference)
 
 
