@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.models import MODELS, factory, head_names
-from orchestrator.models.vit import LocalAttention, patches, shifted
+from orchestrator.models.vit import LocalAttention, Shifts, moves, patches, shifted
 from orchestrator.registry import InputError
 from orchestrator.seeds import generator
 
@@ -172,16 +172,30 @@ def test_local_attention_equals_a_loop_over_queries() -> None:
     torch.testing.assert_close(layer(x), expected @ out.weight.T + out.bias)
 
 
-def test_shifts_move_to_the_four_corners_and_let_zeros_in() -> None:
-    image = torch.arange(1.0, 17).view(1, 1, 4, 4)
-    parts = shifted(image, 1)[0]
-    assert torch.equal(parts[0], image[0, 0])
-    corners = set()
+@pytest.mark.parametrize(
+    ("shifts", "patch_size", "expected"),
+    [
+        ("half_patch", 4, {(2, 2), (2, -2), (-2, 2), (-2, -2)}),
+        ("half_patch", 7, {(3, 3), (3, -3), (-3, 3), (-3, -3)}),
+        ("pixel", 4, {(0, 1), (0, -1), (1, 0), (-1, 0)}),
+    ],
+)
+def test_the_shifts_stand_beside_the_image_and_let_zeros_in(
+    shifts: Shifts, patch_size: int, expected: set[tuple[int, int]]
+) -> None:
+    image = 1 + torch.arange(2.0 * 8 * 9).view(1, 2, 8, 9)
+    parts = shifted(image, moves(shifts, patch_size))[0].split(2)
+    assert torch.equal(parts[0], image[0])
+    found = set()
     for part in parts[1:]:
-        assert (part == 0).sum() == 7, "one row and one column of zeros"
-        (y, x) = (part == 6).nonzero()[0].tolist()  # 6 was at row 1, column 1
-        corners.add((y - 1, x - 1))
-    assert corners == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
+        y, x = (part[0] == image[0, 0, 4, 4]).nonzero()[0].tolist()
+        found.add((y - 4, x - 4))
+        for row in range(8):
+            for column in range(9):
+                source = row - (y - 4), column - (x - 4)
+                inside = 0 <= source[0] < 8 and 0 <= source[1] < 9
+                assert torch.equal(part[:, row, column], image[0, :, *source] if inside else torch.zeros(2))
+    assert found == expected
 
 
 def test_patches_hold_the_pixels_of_their_square() -> None:
