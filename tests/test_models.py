@@ -216,6 +216,8 @@ def test_patches_hold_the_pixels_of_their_square() -> None:
         ("vit", {}, (1, 32, 32), "allowed: three channels, square"),
         ("vit", {"dim": 100, "heads": 3}, (3, 32, 32), "allowed: a dim that heads divides"),
         ("vgg16", {}, (3, 28, 28), "images are 28x28; allowed: 32 pixels a side or more"),
+        ("small_cnn", {}, (1, 1, 8), "images are 1x8; allowed: 2 pixels"),
+        ("resnet9", {}, (3, 7, 32), "images are 7x32; allowed: 8 pixels"),
         ("resnet18", {}, (1, 7, 7), "images are 7x7; allowed: 8 pixels"),
         ("resnet50", {"stem": "standard"}, (3, 28, 28), "allowed: 32 pixels"),
     ],
@@ -225,6 +227,16 @@ def test_images_that_a_model_cannot_take_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=words):
         factory(name, options, shape, 10)(generator(0))
+
+
+SMALLEST = {"small_cnn": 2, "resnet9": 8, "resnet18": 8, "resnet50": 8, "vgg16": 32}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_images_allowed_train(name: str) -> None:
+    shape = (1, SMALLEST[name], SMALLEST[name])
+    model = factory(name, {}, shape, 3)(generator(0)).train()
+    assert model(torch.rand(2, *shape)).shape == (2, 3)
 
 
 # ---- the pairs of the paper, and others ----------------------------------------------------------------------------
