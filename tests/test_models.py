@@ -215,6 +215,19 @@ def test_local_attention_equals_a_loop_over_queries() -> None:
     torch.testing.assert_close(layer(x), expected @ out.weight.T + out.bias)
 
 
+@pytest.mark.parametrize(("pooling", "weight"), [("class_token", [1, 0, 0, 0, 0]), ("mean", [0.2] * 5)])
+def test_the_head_sees_the_class_token_or_the_mean_of_all(pooling: str, weight: list[float]) -> None:
+    options = {"patch_size": 4, "dim": 16, "depth": 1, "mlp": 8, "pooling": pooling}
+    model = factory("vit_small_data", options, (1, 8, 8), 3)(generator(0)).eval()
+    last = model.get_submodule("blocks.0.1")
+    seen: list[torch.Tensor] = []
+    last.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0] + output))
+    with torch.no_grad():
+        logits = model(torch.rand(2, 1, 8, 8, generator=generator(1)))
+        expected = model.get_submodule("mlp_head")(torch.einsum("ntd,t->nd", seen[0], torch.tensor(weight).float()))
+    torch.testing.assert_close(logits, expected)
+
+
 @pytest.mark.parametrize(
     ("shifts", "patch_size", "expected"),
     [

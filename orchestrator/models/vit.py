@@ -12,6 +12,7 @@ from orchestrator.models.base import MODELS
 from orchestrator.registry import Count, InputError, ShareBelowOne
 
 Shifts = Literal["pixel", "half_patch"]
+Pooling = Literal["class_token", "mean"]
 
 
 def patches(x: Tensor, size: int) -> Tensor:
@@ -104,8 +105,10 @@ class SmallDataViT(nn.Module):
         mlp: int,
         dropout: float,
         shifts: Shifts,
+        pooling: Pooling,
     ) -> None:
         super().__init__()
+        self.pooling = pooling
         num_patches = (image_shape[1] // patch_size) * (image_shape[2] // patch_size)
         self.to_tokens = ShiftedPatches(image_shape[0], patch_size, dim, shifts)
         self.pos_embedding = nn.Parameter(torch.randn(1, num_patches + 1, dim))
@@ -124,7 +127,7 @@ class SmallDataViT(nn.Module):
         for block in self.blocks:
             for layer in block.children():
                 tokens = tokens + layer(tokens)
-        logits: Tensor = self.mlp_head(tokens[:, 0])
+        logits: Tensor = self.mlp_head(tokens.mean(dim=1) if self.pooling == "mean" else tokens[:, 0])
         return logits
 
 
@@ -149,14 +152,17 @@ def vit_small_data(
     mlp: Count = 1536,
     dropout: ShareBelowOne = 0.0,
     shifts: Shifts = "pixel",
+    pooling: Pooling = "class_token",
 ) -> nn.Module:
     """ViT for small data sets: shifted patches and locality self-attention (Lee et al. 2021); sizes as in DEL.
 
     `shifts`: `pixel`, one pixel right, left, down and up, as released with DEL; `half_patch`, half a patch (rounded
-    down) to each corner, as published.
+    down) to each corner, as published. `pooling`: the class token alone, or the mean of all tokens, it included.
     """
     _check_patch("vit_small_data", image_shape, patch_size)
-    return SmallDataViT(image_shape, num_classes, patch_size, dim, depth, heads, dim_head, mlp, dropout, shifts)
+    return SmallDataViT(
+        image_shape, num_classes, patch_size, dim, depth, heads, dim_head, mlp, dropout, shifts, pooling
+    )
 
 
 @MODELS
