@@ -1,16 +1,20 @@
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
+from orchestrator.data import Examples
 from orchestrator.models import MODELS, factory, head_names
-from orchestrator.models.vit import LocalAttention, patches, shifted
+from orchestrator.models.vit import LocalAttention, Shifts, moves, patches, shifted
 from orchestrator.registry import InputError
 from orchestrator.seeds import generator
+from orchestrator.training import Training, clone, fit
 
 SHAPES = {"small_cnn": (1, 8, 8)}  # what else is registered gets CIFAR's
 TORCHVISION = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}
@@ -58,6 +62,34 @@ def test_the_head_is_the_layer_that_gives_the_logits(name: str) -> None:
         for part in head:
             parameters[part].zero_()
         assert not model(torch.rand(2, *shape_of(name))).any()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_convolutions_are_channels_last_and_the_rest_is_contiguous(name: str) -> None:
+    model = factory(name, {}, shape_of(name), 3)(generator(0))
+    for parameter in model.parameters():
+        layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+        assert parameter.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_do_not_depend_on_the_layout(name: str) -> None:
+    model = factory(name, {}, shape_of(name), 3)(generator(0)).double().eval()
+    plain = clone(model).to(memory_format=torch.contiguous_format)
+    images = torch.rand(2, *shape_of(name), generator=generator(1), dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images.to(memory_format=torch.channels_last)), plain(images))
+
+
+def test_all_models_but_the_plain_transformer_are_made_without_torchvision() -> None:
+    others = sorted(set(MODELS) - {"vit"})
+    code = (
+        "import sys; sys.modules['torchvision'] = None\n"
+        "import torch\n"
+        "from orchestrator.models import factory\n"
+        f"for name in {others}: factory(name, {{}}, (3, 32, 32), 2)(torch.Generator())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_head_of_a_model_without_or_with_nothing_but_a_linear_layer() -> None:
@@ -121,13 +153,25 @@ def test_a_resnet_is_torchvisions(name: str, stem: str, side: int) -> None:
         assert torch.equal(ours(images), reference(images))
 
 
+@pytest.mark.parametrize("stem", ["small", "standard"])
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_a_resnet_begins_as_torchvisions_does(name: str) -> None:
+def test_a_resnet_begins_as_torchvisions_does(name: str, stem: str) -> None:
     torch.manual_seed(3)
-    reference = theirs(name, small=False)
+    reference = theirs(name, stem == "small")
     torch.manual_seed(3)
-    ours = MODELS[name]({"image_shape": (3, 64, 64), "num_classes": 10}, {"stem": "standard"})
+    ours = MODELS[name]({"image_shape": (3, 64, 64), "num_classes": 10}, {"stem": stem})
     assert same(ours, reference)
+
+
+def test_the_convolutions_of_vgg16_are_torchvisions() -> None:
+    ours = factory("vgg16", {}, (3, 32, 32), 10)(generator(0)).get_submodule("features")
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=True)
+    reference = layers.to(memory_format=torch.channels_last)
+    assert list(ours.state_dict()) == list(reference.state_dict())
+    reference.load_state_dict(ours.state_dict())
+    images = torch.rand(2, 3, 64, 64, generator=generator(1)).to(memory_format=torch.channels_last)
+    for mode in (False, True):
+        assert torch.equal(ours.train(mode)(images), reference.train(mode)(images))
 
 
 def test_resnet18_on_cifar_has_the_parameters_of_the_paper() -> None:
@@ -171,16 +215,43 @@ def test_local_attention_equals_a_loop_over_queries() -> None:
     torch.testing.assert_close(layer(x), expected @ out.weight.T + out.bias)
 
 
-def test_shifts_move_to_the_four_corners_and_let_zeros_in() -> None:
-    image = torch.arange(1.0, 17).view(1, 1, 4, 4)
-    parts = shifted(image, 1)[0]
-    assert torch.equal(parts[0], image[0, 0])
-    corners = set()
+@pytest.mark.parametrize(("pooling", "weight"), [("class_token", [1, 0, 0, 0, 0]), ("mean", [0.2] * 5)])
+def test_the_head_sees_the_class_token_or_the_mean_of_all(pooling: str, weight: list[float]) -> None:
+    options = {"patch_size": 4, "dim": 16, "depth": 1, "mlp": 8, "pooling": pooling}
+    model = factory("vit_small_data", options, (1, 8, 8), 3)(generator(0)).eval()
+    last = model.get_submodule("blocks.0.1")
+    seen: list[torch.Tensor] = []
+    last.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0] + output))
+    with torch.no_grad():
+        logits = model(torch.rand(2, 1, 8, 8, generator=generator(1)))
+        expected = model.get_submodule("mlp_head")(torch.einsum("ntd,t->nd", seen[0], torch.tensor(weight).float()))
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("shifts", "patch_size", "expected"),
+    [
+        ("half_patch", 4, {(2, 2), (2, -2), (-2, 2), (-2, -2)}),
+        ("half_patch", 7, {(3, 3), (3, -3), (-3, 3), (-3, -3)}),
+        ("pixel", 4, {(0, 1), (0, -1), (1, 0), (-1, 0)}),
+    ],
+)
+def test_the_shifts_stand_beside_the_image_and_let_zeros_in(
+    shifts: Shifts, patch_size: int, expected: set[tuple[int, int]]
+) -> None:
+    image = 1 + torch.arange(2.0 * 8 * 9).view(1, 2, 8, 9)
+    parts = shifted(image, moves(shifts, patch_size))[0].split(2)
+    assert torch.equal(parts[0], image[0])
+    found = set()
     for part in parts[1:]:
-        assert (part == 0).sum() == 7, "one row and one column of zeros"
-        (y, x) = (part == 6).nonzero()[0].tolist()  # 6 was at row 1, column 1
-        corners.add((y - 1, x - 1))
-    assert corners == {(1, 1), (1, -1), (-1, 1), (-1, -1)}
+        y, x = (part[0] == image[0, 0, 4, 4]).nonzero()[0].tolist()
+        found.add((y - 4, x - 4))
+        for row in range(8):
+            for column in range(9):
+                source = row - (y - 4), column - (x - 4)
+                inside = 0 <= source[0] < 8 and 0 <= source[1] < 9
+                assert torch.equal(part[:, row, column], image[0, :, *source] if inside else torch.zeros(2))
+    assert found == expected
 
 
 def test_patches_hold_the_pixels_of_their_square() -> None:
@@ -201,6 +272,8 @@ def test_patches_hold_the_pixels_of_their_square() -> None:
         ("vit", {}, (1, 32, 32), "allowed: three channels, square"),
         ("vit", {"dim": 100, "heads": 3}, (3, 32, 32), "allowed: a dim that heads divides"),
         ("vgg16", {}, (3, 28, 28), "images are 28x28; allowed: 32 pixels a side or more"),
+        ("small_cnn", {}, (1, 1, 8), "images are 1x8; allowed: 2 pixels"),
+        ("resnet9", {}, (3, 7, 32), "images are 7x32; allowed: 8 pixels"),
         ("resnet18", {}, (1, 7, 7), "images are 7x7; allowed: 8 pixels"),
         ("resnet50", {"stem": "standard"}, (3, 28, 28), "allowed: 32 pixels"),
     ],
@@ -212,6 +285,16 @@ def test_images_that_a_model_cannot_take_are_refused(
         factory(name, options, shape, 10)(generator(0))
 
 
+SMALLEST = {"small_cnn": 2, "resnet9": 8, "resnet18": 8, "resnet50": 8, "vgg16": 32}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_images_allowed_train(name: str) -> None:
+    shape = (1, SMALLEST[name], SMALLEST[name])
+    model = factory(name, {}, shape, 3)(generator(0)).train()
+    assert model(torch.rand(2, *shape)).shape == (2, 3)
+
+
 # ---- the pairs of the paper, and others ----------------------------------------------------------------------------
 
 PAIRS = [
@@ -221,20 +304,24 @@ PAIRS = [
     ("resnet50", {}, (3, 32, 32), 100),  # CIFAR-100
     ("resnet18", {}, (1, 28, 28), 10),  # Fashion-MNIST
     ("vit_small_data", {"patch_size": 7}, (1, 28, 28), 10),
+    ("vit_small_data", {"shifts": "half_patch"}, (3, 32, 32), 10),
     ("vgg16", {}, (3, 32, 32), 10),
     ("vit", {}, (3, 32, 32), 10),
 ]
 
 
 @pytest.mark.parametrize(("name", "options", "shape", "num_classes"), PAIRS)
-def test_one_step_of_training_moves_every_parameter(
+def test_two_steps_of_training_move_every_parameter(
     name: str, options: dict[str, object], shape: Any, num_classes: int
 ) -> None:
-    model = factory(name, options, shape, num_classes)(generator(0)).train()
-    images: Tensor = torch.rand(2, *shape, generator=generator(1)).to(memory_format=torch.channels_last)
-    loss = functional.cross_entropy(model(images), torch.tensor([0, num_classes - 1]))
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert torch.isfinite(loss)
-    for parameter, value in model.named_parameters():
-        assert value.grad is not None, parameter
-        assert torch.isfinite(value.grad).all(), parameter
+    """Two, since the head of the plain transformer begins at zero and lets no gradient through in the first."""
+    model = factory(name, options, shape, num_classes)(generator(0))
+    channels, height, width = shape
+    images = torch.randint(256, (2, height, width, channels), generator=generator(1), dtype=torch.uint8)
+    training = Training(learning_rate=0.01, epochs=2, batch_size=2, final=1.0)
+    trained = fit(
+        clone(model), Examples(images, torch.tensor([0, num_classes - 1])), training=training, generator=generator(2)
+    )
+    for (parameter, before), after in zip(model.named_parameters(), trained.parameters(), strict=True):
+        assert not torch.equal(before, after), parameter
+        assert torch.isfinite(after).all(), parameter

@@ -74,10 +74,10 @@ class ResNet(nn.Module):
         small: bool,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv(channels, 64, 3) if small else _conv(channels, 64, 7, 2)
+        self.conv1 = _conv(channels, 64, 7, 2)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool: nn.Module = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, 2, 1)
         inputs = 64
         for stage, depth in enumerate(depths):
             blocks = []
@@ -96,6 +96,9 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if small:
+            # only now, as released with DEL: this convolution keeps torch's own initialization (kaiming uniform)
+            self.conv1, self.maxpool = _conv(channels, 64, 3), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
@@ -109,19 +112,19 @@ def _small(image_shape: tuple[int, int, int], stem: Stem) -> bool:
     return stem == "small" or (stem == "auto" and min(image_shape[1:]) < SMALL_IMAGE)
 
 
-@MODELS
+@MODELS(version=2)
 def resnet18(image_shape: tuple[int, int, int], num_classes: int, *, stem: Stem = "auto") -> nn.Module:
     """ResNet-18 (He et al. 2016), equal to torchvision's (11,173,962 parameters on CIFAR-10 with the small stem).
 
-    `stem`: `small` (3x3 convolution, no pooling) as DEL has it for CIFAR-10, `standard` as for
-    ImageNet, `auto`: small below 64 pixels.
+    `stem`: `small` as DEL has it for CIFAR-10 (3x3 convolution without stride, which draws its weights as torch and
+    not as torchvision does; no max pooling), `standard` as for ImageNet, `auto`: small below 64 pixels.
     """
     small = _small(image_shape, stem)
     check_size("resnet18", image_shape, 8 if small else 32)
     return ResNet(BasicBlock, (2, 2, 2, 2), image_shape[0], num_classes, small)
 
 
-@MODELS
+@MODELS(version=2)
 def resnet50(image_shape: tuple[int, int, int], num_classes: int, *, stem: Stem = "auto") -> nn.Module:
     """ResNet-50 (He et al. 2016), equal to torchvision's; `stem` as in resnet18."""
     small = _small(image_shape, stem)

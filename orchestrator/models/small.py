@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from orchestrator.models.base import MODELS
+from orchestrator.models.base import MODELS, check_size
 from orchestrator.registry import Count
 
 
@@ -25,6 +25,7 @@ def _head(pool: nn.Module, inputs: int, num_classes: int) -> dict[str, nn.Module
 @MODELS
 def small_cnn(image_shape: tuple[int, int, int], num_classes: int, *, width: Count = 16) -> nn.Module:
     """Three 3x3 convolutions with batch norm and one pooling, for images of about 8x8 (14,458 parameters on digits)."""
+    check_size("small_cnn", image_shape, 2)
     layers = {
         **_block("1", image_shape[0], width),
         **_block("2", width, 2 * width),
@@ -49,8 +50,9 @@ class _Residual(nn.Module):
 def resnet9(image_shape: tuple[int, int, int], num_classes: int, *, width: Count = 64) -> nn.Module:
     """ResNet-9 (Page 2018): eight convolutions in two residual stages, max pooling, one linear layer.
 
-    `width` channels in the stem, 2, 4 and 8 times as many after it; images of at least 16x16.
+    `width` channels in the stem, 2, 4 and 8 times as many after it; images of at least 8x8.
     """
+    check_size("resnet9", image_shape, 8)
     layers = {
         **_block("1", image_shape[0], width),
         **_block("2", width, 2 * width),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.models.base import MODELS
 from orchestrator.registry import Count, InputError, ShareBelowOne
+
+Shifts = Literal["pixel", "half_patch"]
+Pooling = Literal["class_token", "mean"]
 
 
 def patches(x: Tensor, size: int) -> Tensor:
@@ -17,25 +22,33 @@ def patches(x: Tensor, size: int) -> Tensor:
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, (height // size) * (width // size), size * size * channels)
 
 
-def shifted(x: Tensor, by: int) -> Tensor:
-    """The image and its shifts by so many pixels to the four corners, zeros moving in: five times the channels."""
-    moves = [(by, by), (-by, by), (by, -by), (-by, -by)]
+def moves(shifts: Shifts, patch_size: int) -> list[tuple[int, int]]:
+    """The four shifts, each as rows down and columns right."""
+    if shifts == "pixel":
+        return [(0, 1), (0, -1), (1, 0), (-1, 0)]
+    half = patch_size // 2
+    return [(half, half), (-half, half), (half, -half), (-half, -half)]
+
+
+def shifted(x: Tensor, by: list[tuple[int, int]]) -> Tensor:
+    """The image and its shifts, zeros moving in, beside each other as channels."""
     # a negative pad cuts: what moves in on one side leaves on the other
-    return torch.cat([x, *(functional.pad(x, (dx, -dx, dy, -dy)) for dy, dx in moves)], dim=1)
+    return torch.cat([x, *(functional.pad(x, (dx, -dx, dy, -dy)) for dy, dx in by)], dim=1)
 
 
 class ShiftedPatches(nn.Module):
-    """Shifted patch tokenization: patches of the image and of its four diagonal shifts by half a patch, projected."""
+    """Shifted patch tokenization: patches of the image and of its four shifts, normalized and projected."""
 
-    def __init__(self, channels: int, patch_size: int, dim: int) -> None:
+    def __init__(self, channels: int, patch_size: int, dim: int, shifts: Shifts) -> None:
         super().__init__()
+        self.moves = moves(shifts, patch_size)
         self.patch_size = patch_size
         length = 5 * channels * patch_size**2
         self.norm = nn.LayerNorm(length)
         self.project = nn.Linear(length, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.project(self.norm(patches(shifted(x, self.patch_size // 2), self.patch_size)))
+        tokens: Tensor = self.project(self.norm(patches(shifted(x, self.moves), self.patch_size)))
         return tokens
 
 
@@ -91,10 +104,13 @@ class SmallDataViT(nn.Module):
         dim_head: int,
         mlp: int,
         dropout: float,
+        shifts: Shifts,
+        pooling: Pooling,
     ) -> None:
         super().__init__()
+        self.pooling = pooling
         num_patches = (image_shape[1] // patch_size) * (image_shape[2] // patch_size)
-        self.to_tokens = ShiftedPatches(image_shape[0], patch_size, dim)
+        self.to_tokens = ShiftedPatches(image_shape[0], patch_size, dim, shifts)
         self.pos_embedding = nn.Parameter(torch.randn(1, num_patches + 1, dim))
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.dropout = nn.Dropout(dropout)
@@ -111,7 +127,7 @@ class SmallDataViT(nn.Module):
         for block in self.blocks:
             for layer in block.children():
                 tokens = tokens + layer(tokens)
-        logits: Tensor = self.mlp_head(tokens[:, 0])
+        logits: Tensor = self.mlp_head(tokens.mean(dim=1) if self.pooling == "mean" else tokens[:, 0])
         return logits
 
 
@@ -123,7 +139,7 @@ def _check_patch(name: str, image_shape: tuple[int, int, int], patch_size: int) 
         )
 
 
-@MODELS
+@MODELS(version=2)
 def vit_small_data(
     image_shape: tuple[int, int, int],
     num_classes: int,
@@ -135,10 +151,18 @@ def vit_small_data(
     dim_head: Count = 64,
     mlp: Count = 1536,
     dropout: ShareBelowOne = 0.0,
+    shifts: Shifts = "pixel",
+    pooling: Pooling = "class_token",
 ) -> nn.Module:
-    """ViT for small data sets: shifted patches and locality self-attention (Lee et al. 2021); sizes as in DEL."""
+    """ViT for small data sets: shifted patches and locality self-attention (Lee et al. 2021); sizes as in DEL.
+
+    `shifts`: `pixel`, one pixel right, left, down and up, as released with DEL; `half_patch`, half a patch (rounded
+    down) to each corner, as published. `pooling`: the class token alone, or the mean of all tokens, it included.
+    """
     _check_patch("vit_small_data", image_shape, patch_size)
-    return SmallDataViT(image_shape, num_classes, patch_size, dim, depth, heads, dim_head, mlp, dropout)
+    return SmallDataViT(
+        image_shape, num_classes, patch_size, dim, depth, heads, dim_head, mlp, dropout, shifts, pooling
+    )
 
 
 @MODELS
