@@ -1,6 +1,5 @@
 """Published data sets in torchvision's own formats, image folders, and the cache of decoded images."""
 
-import gzip
 import pickle
 import resource
 import signal
@@ -88,34 +87,93 @@ def test_svhn_has_its_axes_turned_and_its_noughts_in_place(tmp_path: Path, monke
     assert dataset.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0] * 4
 
 
-def test_fashion_mnist_has_one_channel(tmp_path: Path) -> None:
-    raw = tmp_path / "FashionMNIST" / "raw"
+def write_fashion(root: Path) -> np.ndarray:
+    raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     images = RNG.integers(0, 256, (2, 20, 28, 28), dtype=np.uint8)
     for part, pixels in zip(("train", "t10k"), images, strict=True):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 20, 28, 28) + pixels.tobytes())
         labels = (np.arange(20) % 10).astype(np.uint8)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 20) + labels.tobytes())
-        (raw / f"{part}.gz").write_bytes(gzip.compress(b""))
+    return images.reshape(-1, 28, 28)
+
+
+def test_fashion_mnist_has_one_channel(tmp_path: Path) -> None:
+    images = write_fashion(tmp_path)
     dataset = load("fashion_mnist", root=str(tmp_path), download=False)
     assert dataset.image_shape == (1, 28, 28)
-    assert np.array_equal(dataset.images[..., 0], images.reshape(-1, 28, 28))
-    assert dataset.class_names[9] == "Ankle boot"
+    assert np.array_equal(dataset.images[..., 0], images)
+    assert dataset.labels.tolist() == [i % 10 for i in range(20)] * 2
+    assert dataset.class_names == tuple(torchvision.datasets.FashionMNIST.classes)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("cifar10", "batches.meta"),
-        ("cifar100", "train, test and meta"),
-        ("svhn", "train_32x32.mat"),
-        ("fashion_mnist", "idx3"),
-    ],
-)
-def test_what_is_not_there_is_asked_for_by_name(name: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"download is false; put there .*{words}.*data=image_parquet") as caught:
-        load(name, root=str(tmp_path), download=False)
-    assert str(tmp_path) in str(caught.value)
+@pytest.mark.parametrize("name", ["cifar10", "fashion_mnist"])
+def test_files_that_are_there_need_no_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reached(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("urllib.request.urlopen", reached)
+    if name == "cifar10":
+        write_cifar(tmp_path, torchvision.datasets.CIFAR10, "labels", monkeypatch)
+    else:
+        write_fashion(tmp_path)
+    assert len(load(name, root=str(tmp_path), download=True).images)
+    assert capsys.readouterr() == ("", "")
+
+
+FILES = {
+    "cifar10": ("cifar-10-batches-py", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"]),
+    "cifar100": ("cifar-100-python", ["train", "test", "meta"]),
+    "svhn": ("", ["train_32x32.mat", "test_32x32.mat"]),
+    "fashion_mnist": (
+        "FashionMNIST/raw",
+        [f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1")],
+    ),
+}
+
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_not_there_is_asked_for_by_name(
+    name: str, download: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody is there: no network
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+    folder, files = FILES[name]
+    with pytest.raises(InputError, match="data=image_parquet") as caught:
+        load(name, root=str(tmp_path), download=download)
+    said = str(caught.value)
+    assert f"is not whole in {str(tmp_path / folder)!r}: missing or damaged {', '.join(files)} (" in said
+    assert ("download is false" in said) is not download
+    assert ("download: " in said) is download
+    assert "\n" not in said
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == download
+
+
+def test_only_the_files_that_are_damaged_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = torchvision.datasets.CIFAR10
+    write_cifar(tmp_path, kind, "labels", monkeypatch)
+    with (tmp_path / kind.base_folder / "data_batch_3").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(InputError, match=r"missing or damaged data_batch_3 \(download is false\)"):
+        load("cifar10", root=str(tmp_path), download=False)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "fewer labels"])
+def test_damage_without_a_checksum_is_said(damage: str, tmp_path: Path) -> None:
+    write_fashion(tmp_path)
+    labels = tmp_path / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
+    fewer = struct.pack(">II", 0x801, 19) + bytes(19)
+    labels.write_bytes({"empty": b"", "cut": labels.read_bytes()[:-3], "fewer labels": fewer}[damage])
+    with pytest.raises(InputError, match=r"not whole in .*raw': one of .*train-labels.* \(reading: ") as caught:
+        load("fashion_mnist", root=str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 # ---- image folders -------------------------------------------------------------------------------------------------
