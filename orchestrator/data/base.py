@@ -6,25 +6,22 @@ behind on purpose) and Outputs (the logits of one model).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orchestrator.data.cache import remembered
 from orchestrator.registry import InputError, Registry
 from orchestrator.seeds import numpy_generator
 
-if TYPE_CHECKING:
-    pass
-
 SPLITS = ("train", "validation", "test")
+_DIGEST_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -121,25 +118,17 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the final arrays and splits: what data means in a key. Kept beside images in a mapped file."""
-        name = getattr(self.images, "filename", None)
-        if name is None:
-            return self._digest({"images": self.images})
-        kept = Path(f"{name}.{self._digest({})[:16]}.fingerprint")  # the file's own name says which images it holds
-        if kept.is_file():
-            return kept.read_text(encoding="ascii")
-        content = self._digest({"images": self.images})
-        with contextlib.suppress(OSError):  # a cache that may only be read serves as well
-            kept.with_suffix(".partial").write_text(content, encoding="ascii")
-            kept.with_suffix(".partial").replace(kept)
-        return content
+        """SHA-256 over the final arrays and splits: what data means in a key. Kept beside images of the cache."""
+        return remembered(self.images, self._digest({}), lambda: self._digest({"images": self.images}))
 
     def _digest(self, images: Mapping[str, np.ndarray]) -> str:
         digest = hashlib.sha256()
         named = {**images, "labels": self.labels, "true_labels": self.true_labels, **self.splits}
         for name, array in sorted(named.items()):
             digest.update(f"{name}:{array.dtype.str}:{array.shape}:".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            rows = max(1, _DIGEST_BYTES * len(array) // max(1, array.nbytes))
+            for start in range(0, len(array), rows):  # a part at a time: images may be larger than memory
+                digest.update(np.ascontiguousarray(array[start : start + rows]).data)
         return digest.hexdigest()
 
     @property
@@ -154,8 +143,9 @@ class Dataset:
 
     def examples(self, split: str) -> Examples:
         """One split as tensors, with the given labels."""
-        rows = self.splits[split]
-        return Examples(torch.tensor(self.images[rows]), torch.tensor(self.labels[rows]))
+        rows = self.splits[split]  # an index array: what it takes out is a copy already
+        images, labels = np.ascontiguousarray(self.images[rows]), np.ascontiguousarray(self.labels[rows])
+        return Examples(torch.from_numpy(images), torch.from_numpy(labels))
 
     def split_labels(self, split: str) -> np.ndarray:
         labels: np.ndarray = self.labels[self.splits[split]]

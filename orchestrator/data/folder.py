@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.data.base import DATASETS, Dataset, Sizes, assemble
-from orchestrator.data.cache import check_sizes, first_line, mapped, prepared
+from orchestrator.data.cache import LAYOUT, SUFFIX, Encoded, check_sizes, images_of
 from orchestrator.registry import InputError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -35,20 +35,34 @@ def image_folder(
     """
     check_sizes(resize, crop)
     folder = Path(root)
-    train = _files(folder / "train")
-    test = _files(next((folder / name for name in ("test", "val") if (folder / name).is_dir()), folder / "test"))
+    train, test = _files(folder / "train"), _files(_test_part(folder))
     classes = _same_classes(train, test, folder)
     paths = [path for part in (train, test) for name in classes for path in part[name]]
-    digest = hashlib.sha256(repr((resize, crop)).encode())
+    digest = hashlib.sha256(repr((LAYOUT, resize, crop)).encode())
     for path in paths:
         facts = path.stat()
         digest.update(f"{path.relative_to(folder)}:{facts.st_size}:{facts.st_mtime_ns}\n".encode())
-    place = Path(cache or folder / ".unlearn") / f"{digest.hexdigest()[:32]}.npy"
-    images = mapped(place, len(paths), paths, lambda path: _decoded(path, resize, crop))
+    place = Path(cache or folder / ".unlearn") / f"{digest.hexdigest()[:32]}{SUFFIX}"
+    encoded = (Encoded(row, f"image {str(path)!r}", path) for row, path in enumerate(paths))
+    images = images_of(encoded, len(paths), resize, crop, place)
     labels = [np.repeat(np.arange(len(classes)), [len(part[name]) for name in classes]) for part in (train, test)]
     count = len(labels[0])
     sizes = Sizes(num_train, num_validation, num_test, label_noise, seed)
     return assemble(images[:count], labels[0], images[count:], labels[1], classes, sizes, whole=images)
+
+
+def _test_part(folder: Path) -> Path:
+    """The folder `test`, or `val` where the former is absent or has no classes (the unlabelled part of a challenge)."""
+    parts = [folder / "test", folder / "val"]
+    return next((part for part in parts if part.is_dir() and any(map(_is_class, part.iterdir()))), parts[0])
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
@@ -57,10 +71,8 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         raise InputError(
             f"image folder {str(folder)!r} does not exist; set data.root to a folder with train/CLASS and test/CLASS"
         )
-    classes = sorted(part.name for part in folder.iterdir() if part.is_dir() and not part.name.startswith("."))
-    found = {
-        name: sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES) for name in classes
-    }
+    classes = sorted(part.name for part in folder.iterdir() if _is_class(part))
+    found = {name: sorted(filter(_is_image, (folder / name).rglob("*"))) for name in classes}
     for name, paths in found.items():
         if not paths:
             raise InputError(
@@ -78,15 +90,3 @@ def _same_classes(train: dict[str, list[Path]], test: dict[str, list[Path]], fol
             f"class {different[0]!r} is in one part of {str(folder)!r} only; allowed: the same class folders in both"
         )
     return tuple(sorted(train))
-
-
-def _decoded(path: Path, resize: int | None, crop: int | None) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return prepared(image, resize, crop, str(path))
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"image {str(path)!r} cannot be decoded: {first_line(error)}") from None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from orchestrator.data.base import DATASETS, Dataset, Sizes, assemble, consecutive, draw_rows, noisy
-from orchestrator.data.cache import check_sizes, first_line, mapped, one_shape, prepared
+from orchestrator.data.base import DATASETS, Dataset, Sizes, consecutive, draw_rows, noisy
+from orchestrator.data.cache import LAYOUT, SUFFIX, Encoded, check_sizes, first_line, images_of
 from orchestrator.registry import InputError
 
 if TYPE_CHECKING:
@@ -36,70 +37,35 @@ def image_parquet(
 
     The columns may also be called `img` and `labels`. Training and validation examples are a seeded stratified draw
     from the file `train`, test examples from `test`; without sizes, all of each. Images must share one size, or are
-    given one: short sides to `resize`, then the middle square of side `crop`. With `cache`, a folder, all images are
-    decoded once into a memory-mapped file there, a part of a file at a time: for sets that memory holds only once.
+    given one: short sides to `resize`, then the middle square of side `crop`. With `cache`, a folder, the images
+    are decoded once into a memory-mapped file there; the same examples with the same fingerprint.
     """
     check_sizes(resize, crop)
-    paths = {"train": train, "test": test}
-    tables = {part: _read_table(path, part, without_images=cache is not None) for part, path in paths.items()}
-    labels = {part: _labels_of(table, paths[part]) for part, table in tables.items()}
-    num_classes = int(max(part.max() for part in labels.values())) + 1
+    files = _opened(train, "train"), _opened(test, "test")
     sizes = Sizes(num_train, num_validation, num_test, label_noise, seed)
-    names = _class_names(tables["train"], num_classes)
-    both = labels["train"], labels["test"]
-    if cache is not None:
-        images = _mapped(paths, len(both[0]) + len(both[1]), Path(cache), resize, crop)
-        return assemble(images, both[0], images, both[1], names, sizes, purpose=PURPOSE, whole=images)
-    chosen, chosen_test = draw_rows(*both, sizes, PURPOSE)
-    rows = np.concatenate([chosen["train"], chosen["validation"]])
-    parts = [
-        _decode(tables[part], wanted, paths[part], resize, crop)
-        for part, wanted in (("train", rows), ("test", chosen_test))
-    ]
-    if parts[0].shape[1:] != parts[1].shape[1:]:
-        raise InputError(
-            f"the images of {test!r} have shape {parts[1].shape[1:]}, those of {train!r} {parts[0].shape[1:]}; "
-            "allowed: one size"
-        )
-    true_labels = np.concatenate([both[0][rows], both[1][chosen_test]])
-    used = int(true_labels.max()) + 1
+    chosen, chosen_test = draw_rows(files[0].labels, files[1].labels, sizes, "image_parquet split")
+    rows = np.concatenate([chosen["train"], chosen["validation"]]), chosen_test
+    place = None if cache is None else Path(cache) / _cache_name(files, rows, resize, crop)
+    encoded = itertools.chain(_encoded(files[0], rows[0], 0), _encoded(files[1], rows[1], len(rows[0])))
+    images = images_of(encoded, len(rows[0]) + len(rows[1]), resize, crop, place)
+    true_labels = np.concatenate([file.labels[part] for file, part in zip(files, rows, strict=True)])
+    num_classes = int(true_labels.max()) + 1
     splits = consecutive(chosen, chosen_test)
-    given = noisy(true_labels, splits["train"], label_noise, used, seed)
-    return Dataset(np.concatenate(parts), given, true_labels, splits, _class_names(tables["train"], used))
+    given = noisy(true_labels, splits["train"], label_noise, num_classes, seed)
+    return Dataset(images, given, true_labels, splits, _class_names(files[0].metadata, num_classes))
 
 
-PURPOSE = "image_parquet split"
+@dataclass(frozen=True)
+class _File:
+    """A Parquet file of images: the name of their column, labels int64 [n], and what its schema says besides."""
+
+    path: str
+    column: str
+    labels: np.ndarray
+    metadata: Mapping[bytes, bytes]
 
 
-def _mapped(paths: Mapping[str, str], count: int, folder: Path, resize: int | None, crop: int | None) -> np.ndarray:
-    """The images of both files, training first, from the cache."""
-    digest = hashlib.sha256(repr((resize, crop)).encode())
-    for path in paths.values():
-        facts = Path(path).stat()
-        digest.update(f"{Path(path).absolute()}:{facts.st_size}:{facts.st_mtime_ns}\n".encode())
-    cells = (cell for path in paths.values() for cell in _cells(path))
-    place = folder / f"{digest.hexdigest()[:32]}.npy"
-    return mapped(place, count, cells, lambda cell: _image(cell[2], cell[1], cell[0], resize, crop))
-
-
-def _cells(path: str) -> Iterator[tuple[str, int, Any]]:
-    """Path, row and undecoded image of every row, read a batch at a time."""
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    name = next((name for name in ("image", "img") if name in file.schema_arrow.names), None)
-    if name is None:
-        raise InputError(
-            f"data file {path!r} has the columns {', '.join(file.schema_arrow.names)}; image or img is needed"
-        )
-    row = 0
-    for batch in file.iter_batches(batch_size=256, columns=[name]):
-        for cell in batch.column(0).to_pylist():
-            yield path, row, cell
-            row += 1
-
-
-def _read_table(path: str, option: str, without_images: bool = False) -> pa.Table:
+def _opened(path: str, option: str) -> _File:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -108,26 +74,28 @@ def _read_table(path: str, option: str, without_images: bool = False) -> pa.Tabl
             f"data file {path!r} does not exist; give the path of a Parquet file with --set data.{option}=PATH"
         )
     try:
-        names = [name for name in pq.read_schema(path).names if not (without_images and name in ("image", "img"))]
-        table = pq.read_table(path, columns=names)
+        schema = pq.read_schema(path)
+        column, label = (_column(schema.names, names, path) for names in (("image", "img"), ("label", "labels")))
+        labels = pq.read_table(path, columns=[label])[label]
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"data file {path!r} is not a readable Parquet file: {first_line(error)}") from None
-    if not len(table):
+        raise _unreadable(path, error) from None
+    if not len(labels):
         raise InputError(f"data file {path!r} holds no rows")
-    return table
+    return _File(path, column, _checked_labels(labels, path), schema.metadata or {})
 
 
-def _column(table: pa.Table, names: Sequence[str], path: str) -> Any:
+def _unreadable(path: str, error: Exception) -> InputError:
+    return InputError(f"data file {path!r} is not a readable Parquet file: {first_line(error)}")
+
+
+def _column(present: Sequence[str], names: Sequence[str], path: str) -> str:
     for name in names:
-        if name in table.column_names:
-            return table[name]
-    raise InputError(
-        f"data file {path!r} has the columns {', '.join(table.column_names)}; one of {', '.join(names)} is needed"
-    )
+        if name in present:
+            return name
+    raise InputError(f"data file {path!r} has the columns {', '.join(present)}; one of {', '.join(names)} is needed")
 
 
-def _labels_of(table: pa.Table, path: str) -> np.ndarray:
-    column = _column(table, ("label", "labels"), path)
+def _checked_labels(column: pa.ChunkedArray, path: str) -> np.ndarray:
     if not str(column.type).startswith(("int", "uint")) or column.null_count:
         raise InputError(
             f"the labels of {path!r} are {column.type} with {column.null_count} nulls; allowed: whole numbers"
@@ -138,31 +106,59 @@ def _labels_of(table: pa.Table, path: str) -> np.ndarray:
     return labels
 
 
-def _decode(table: pa.Table, rows: np.ndarray, path: str, resize: int | None, crop: int | None) -> np.ndarray:
-    column = _column(table, ("image", "img"), path)
-    cells = column.take(rows).to_pylist()
-    return one_shape([_image(cell, row, path, resize, crop) for row, cell in zip(rows, cells, strict=True)], rows, path)
+def _cache_name(files: Sequence[_File], rows: Sequence[np.ndarray], resize: int | None, crop: int | None) -> str:
+    """Names the images as they will lie: of these rows in this order, so that a cache never changes a fingerprint."""
+    digest = hashlib.sha256(repr((LAYOUT, resize, crop)).encode())
+    for file, part in zip(files, rows, strict=True):
+        facts = Path(file.path).stat()
+        digest.update(f"{Path(file.path).absolute()}:{facts.st_size}:{facts.st_mtime_ns}:{len(part)}\n".encode())
+        digest.update(np.ascontiguousarray(part, dtype="<i8").data)
+    return f"{digest.hexdigest()[:32]}{SUFFIX}"
 
 
-def _image(cell: Any, row: int, path: str, resize: int | None, crop: int | None) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _encoded(file: _File, rows: np.ndarray, first: int) -> Iterator[Encoded]:
+    """The undecoded images of `rows`, which lie from row `first` on in the result, in the order of the file."""
+    import pyarrow as pa
 
+    order = np.argsort(rows)
+    wanted = rows[order]
+    for begin, batch in _batches(file, wanted):
+        low, high = np.searchsorted(wanted, (begin, begin + len(batch)))
+        cells = batch.take(pa.array(wanted[low:high] - begin)).to_pylist()
+        for place, row, cell in zip(order[low:high], wanted[low:high], cells, strict=True):
+            content = cell.get("bytes") if isinstance(cell, dict) else cell
+            yield Encoded(first + int(place), f"image {row} of {file.path!r}", content)
+
+
+def _batches(file: _File, wanted: np.ndarray) -> Iterator[tuple[int, pa.Array]]:
+    """The column of images a few hundred rows at a time, with the number of the first; groups without any are skipped.
+
+    `wanted` is sorted. A file is never read whole: it may be as large as memory.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    start = 0
     try:
-        content = cell["bytes"] if isinstance(cell, dict) else cell
-        with Image.open(io.BytesIO(content)) as image:
-            return prepared(image, resize, crop, f"image {row} of {path!r}")
-    except (UnidentifiedImageError, OSError, TypeError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"image {row} of {path!r} cannot be decoded: {first_line(error)}") from None
+        with pq.ParquetFile(file.path, buffer_size=2**20) as source:
+            for group in range(source.num_row_groups):
+                stop = start + source.metadata.row_group(group).num_rows
+                if np.searchsorted(wanted, start) < np.searchsorted(wanted, stop):
+                    begin = start
+                    for batch in source.iter_batches(batch_size=256, row_groups=[group], columns=[file.column]):
+                        yield begin, batch.column(0)
+                        begin += len(batch)
+                start = stop
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file.path, error) from None
 
 
-def _class_names(table: pa.Table, num_classes: int) -> tuple[str, ...]:
+def _class_names(metadata: Mapping[bytes, bytes], num_classes: int) -> tuple[str, ...]:
     """Class names from the metadata that published Parquet files carry, else the numbers."""
     import json
 
     try:
-        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
         names = (features.get("label") or features.get("labels"))["names"]
         if len(names) >= num_classes:
             return tuple(map(str, names[:num_classes]))

@@ -5,8 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -14,13 +19,9 @@ import numpy as np
 from orchestrator.data.base import DATASETS, Dataset, Sizes, assemble
 from orchestrator.registry import InputError
 
-FILES = {
-    "CIFAR10": "cifar-10-batches-py/ with data_batch_1 to data_batch_5, test_batch and batches.meta",
-    "CIFAR100": "cifar-100-python/ with train, test and meta",
-    "SVHN": "train_32x32.mat and test_32x32.mat",
-    "FashionMNIST": "FashionMNIST/raw/ with train- and t10k- images-idx3-ubyte and labels-idx1-ubyte",
-}
-"""Where torchvision looks for each data set below its root."""
+SECONDS_WITHOUT_ANSWER = 30.0
+# what torchvision's readers and downloads raise on files and servers that are not as they should be
+FAILURES = (RuntimeError, OSError, ValueError, AssertionError, LookupError, EOFError, HTTPException, UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -30,32 +31,78 @@ class Part:
     images: np.ndarray
     labels: np.ndarray
 
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels):
+            raise ValueError(f"{len(self.images)} images and {len(self.labels)} labels")
+
 
 def _parts(name: str, root: str, download: bool, read: Callable[[Any, bool], Part]) -> tuple[Part, Part]:
     """Training and test part; InputError where the files are not there, or not whole, and cannot be had."""
     from torchvision import datasets
 
+    kind = getattr(datasets, name)
+
     def both(fetch: bool) -> tuple[Part, Part]:
         def made(**which: Any) -> Any:
-            return getattr(datasets, name)(root, download=fetch, **which)
+            return kind(root, download=fetch, **which)
 
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            return read(made, True), read(made, False)
+        return read(made, True), read(made, False)
 
     try:
-        return both(False)
-    except (RuntimeError, OSError):
-        pass  # not there, or not whole: what a download is for
-    try:
-        if download:
-            return both(True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return both(False)
+    except FAILURES as error:
+        reason = f"reading: {_told(error)}"
+    lacking = _lacking(kind, root)
+    if lacking and download:
+        try:
+            with _downloading(name, root):
+                return both(True)
+        except FAILURES as error:
+            reason, lacking = f"download: {_told(error)}", _lacking(kind, root)
+    elif lacking:
         reason = "download is false"
-    except (RuntimeError, OSError) as error:
-        reason = str(error).split("\n", 1)[0]
+    files = lacking or _files(kind, root)
+    which = "missing or damaged" if lacking else "one of"
     raise InputError(
-        f"{name} is not whole in {os.path.abspath(root)!r} and cannot be downloaded: {reason}; put there "
-        f"{FILES[name]}, set data.root to where they are, or read images from Parquet with data=image_parquet"
+        f"{name} is not whole in {os.path.abspath(files[0][0].parent)!r}: "
+        f"{which} {', '.join(path.name for path, _ in files)} ({reason}); put the published files there, "
+        f"set data.root to another folder than {root!r}, or read images from Parquet with data=image_parquet"
     )
+
+
+def _files(kind: Any, root: str) -> list[tuple[Path, str | None]]:
+    """The files that torchvision reads, and the MD5 sums that it holds them to."""
+    if hasattr(kind, "base_folder"):  # CIFAR
+        listed = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+        return [(Path(root, kind.base_folder, name), md5) for name, md5 in listed]
+    if hasattr(kind, "split_list"):  # SVHN
+        return [(Path(root, name), md5) for _, name, md5 in (kind.split_list[part] for part in ("train", "test"))]
+    return [(Path(root, kind.__name__, "raw", name.removesuffix(".gz")), None) for name, _ in kind.resources]
+
+
+def _lacking(kind: Any, root: str) -> list[tuple[Path, str | None]]:
+    from torchvision.datasets.utils import check_integrity
+
+    return [(path, md5) for path, md5 in _files(kind, root) if not check_integrity(path, md5)]
+
+
+@contextlib.contextmanager
+def _downloading(name: str, root: str) -> Iterator[None]:
+    """Bars on a terminal's standard error only; a server that does not answer is given up."""
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    print(f"downloading {name} to {os.path.abspath(root)}", file=sys.stderr, flush=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SECONDS_WITHOUT_ANSWER)
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _cifar(made: Any, train: bool) -> Part:
