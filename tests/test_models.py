@@ -163,6 +163,14 @@ def test_a_resnet_begins_as_torchvisions_does(name: str, stem: str) -> None:
     assert same(ours, reference)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "small"), [(63, 63, True), (63, 64, True), (64, 63, True), (64, 64, False)]
+)
+def test_the_stem_is_the_small_one_where_a_side_is_under_64_pixels(height: int, width: int, small: bool) -> None:
+    model = factory("resnet18", {}, (3, height, width), 2)(generator(0))
+    assert dict(model.named_parameters())["conv1.weight"].shape[-1] == (3 if small else 7)
+
+
 def test_the_convolutions_of_vgg16_are_torchvisions() -> None:
     ours = factory("vgg16", {}, (3, 32, 32), 10)(generator(0)).get_submodule("features")
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=True)
@@ -172,6 +180,15 @@ def test_the_convolutions_of_vgg16_are_torchvisions() -> None:
     images = torch.rand(2, 3, 64, 64, generator=generator(1)).to(memory_format=torch.channels_last)
     for mode in (False, True):
         assert torch.equal(ours.train(mode)(images), reference.train(mode)(images))
+
+
+def test_the_convolutions_of_vgg16_begin_at_the_spread_that_torchvision_gives_them() -> None:
+    modules = factory("vgg16", {}, (3, 32, 32), 10)(generator(0)).modules()
+    for layer in (module for module in modules if isinstance(module, nn.Conv2d)):
+        assert layer.bias is not None
+        assert not layer.bias.any()
+        # kaiming-normal by fan-out; the fewest weights, 1,728, give their deviation to 1.7%
+        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * layer.out_channels)), rel=0.07)
 
 
 def test_resnet18_on_cifar_has_the_parameters_of_the_paper() -> None:
@@ -213,6 +230,57 @@ def test_local_attention_equals_a_loop_over_queries() -> None:
                 expected[n, i, part] = sum(w * v[n, j, part] for w, j in zip(weights, others, strict=True))
     out = layer.to_out[0]
     torch.testing.assert_close(layer(x), expected @ out.weight.T + out.bias)
+
+
+def test_the_small_data_vit_equals_its_formula_written_out() -> None:
+    options = {"patch_size": 4, "dim": 6, "depth": 2, "heads": 2, "dim_head": 3, "mlp": 5}
+    model = factory("vit_small_data", options, (2, 8, 12), 4)(generator(0)).double().eval()
+    p = dict(model.named_parameters())
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        spread = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return spread * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+    x = torch.rand(3, 2, 8, 12, generator=generator(1), dtype=torch.float64)
+    stack = torch.cat([x, *(torch.zeros_like(x) for _ in range(4))], dim=1)
+    stack[:, 2:4, :, 1:], stack[:, 4:6, :, :-1] = x[..., :-1], x[..., 1:]  # right, left
+    stack[:, 6:8, 1:], stack[:, 8:10, :-1] = x[:, :, :-1], x[:, :, 1:]  # down, up
+    squares = [stack[:, :, r : r + 4, c : c + 4].permute(0, 2, 3, 1).flatten(1) for r in (0, 4) for c in (0, 4, 8)]
+    tokens = linear(norm(torch.stack(squares, dim=1), "to_tokens.norm"), "to_tokens.project")
+    tokens = torch.cat([p["cls_token"].expand(3, 1, 6), tokens], dim=1) + p["pos_embedding"]
+    for block in ("blocks.0", "blocks.1"):
+        assert p[f"{block}.0.temperature"].exp().item() == pytest.approx(math.sqrt(3))  # begins at the usual scale
+        q, k, v = (norm(tokens, f"{block}.0.norm") @ p[f"{block}.0.to_qkv.weight"].T).chunk(3, dim=-1)
+        heads = []
+        for part in (slice(0, 3), slice(3, 6)):
+            scores = (q[..., part] @ k[..., part].mT / p[f"{block}.0.temperature"].exp()).exp() * (1 - torch.eye(7))
+            heads.append(scores / scores.sum(-1, keepdim=True) @ v[..., part])
+        tokens = tokens + linear(torch.cat(heads, dim=-1), f"{block}.0.to_out.0")
+        hidden = linear(norm(tokens, f"{block}.1.0"), f"{block}.1.1")
+        hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+        tokens = tokens + linear(hidden, f"{block}.1.4")
+    torch.testing.assert_close(model(x), linear(norm(tokens[:, 0], "mlp_head.0"), "mlp_head.1"))
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    options = {"patch_size": 4, "dim": 16, "depth": 1, "mlp": 8}
+    plain, dropping = (
+        factory("vit_small_data", {**options, "dropout": share}, (1, 8, 8), 3)(generator(0)) for share in (0.0, 0.5)
+    )
+    images = torch.rand(2, 1, 8, 8, generator=generator(1))
+    assert torch.equal(dropping.eval()(images), plain(images))
+    assert not torch.equal(dropping.train()(images), plain(images))
+
+
+def test_the_parameters_of_the_plain_transformer_by_hand() -> None:
+    options = {"patch_size": 8, "dim": 12, "depth": 2, "heads": 4, "mlp": 20}
+    tokens = 3 * 8 * 8 * 12 + 12 + 12 + 17 * 12  # projection, class token, positions
+    block = 2 * 2 * 12 + 4 * (12 * 12 + 12) + 12 * 20 + 20 + 20 * 12 + 12  # two norms, attention, two linear layers
+    model = factory("vit", options, (3, 32, 32), 5)(generator(0))
+    assert num_parameters(model) == tokens + 2 * block + 2 * 12 + 12 * 5 + 5
 
 
 @pytest.mark.parametrize(("pooling", "weight"), [("class_token", [1, 0, 0, 0, 0]), ("mean", [0.2] * 5)])
@@ -275,6 +343,9 @@ def test_patches_hold_the_pixels_of_their_square() -> None:
         ("small_cnn", {}, (1, 1, 8), "images are 1x8; allowed: 2 pixels"),
         ("resnet9", {}, (3, 7, 32), "images are 7x32; allowed: 8 pixels"),
         ("resnet18", {}, (1, 7, 7), "images are 7x7; allowed: 8 pixels"),
+        ("vit_small_data", {}, (3, 32, 28), "patch_size is 8, images are 32x28"),
+        ("vit_small_data", {"patch_size": 40}, (3, 32, 32), "patch_size is 40"),
+        ("resnet18", {"stem": "standard"}, (1, 28, 28), "allowed: 32 pixels"),
         ("resnet50", {"stem": "standard"}, (3, 28, 28), "allowed: 32 pixels"),
     ],
 )
