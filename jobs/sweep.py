@@ -114,15 +114,16 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
         if runs:
             from orchestrator.sweep import run_trials  # Tune takes seconds to import
 
-            run_trials(
-                Workspace.perform,
-                runs,
-                setup=Workspace,
-                inputs=(session.dataset, session.context, work.device_of(cluster)),
-                workers=cluster.workers,
-                gpus_per_worker=cluster.gpus_per_worker,
-                done=done,
-            )
+            with work.deaths(session, done):
+                run_trials(
+                    Workspace.perform,
+                    runs,
+                    setup=Workspace,
+                    inputs=(session.dataset, session.context, work.device_of(cluster)),
+                    workers=cluster.workers,
+                    gpus_per_worker=cluster.gpus_per_worker,
+                    done=done,
+                )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ import typer
 from jobs.progress import bars, console
 from jobs.session import Session
 from orchestrator import plan as planning
-from orchestrator.experiment import Outcome, Task, Workspace, memorization_scores
+from orchestrator.experiment import Outcome, Task, Workspace, memorization_scores, put_failure
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.plan import ScoresSummary
-from orchestrator.pool import Cluster, Pool, ray_cluster
+from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
+from orchestrator.specs import key
 
 NAMES = {"block": "subset models", "original": "originals", "run": "references", "localization": "localizations"}
 
@@ -74,13 +76,24 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     bases, built = _by_base(late[1])
     with Pool(cluster, Workspace, (session.dataset, session.context, device_of(cluster))) as pool:
         console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s")
-        _perform(pool, early, cost)
+        _perform(session, pool, early, cost)
         if any(task.kind == "block" for task in early):
             _print_utilisation(cost.outcomes, cluster.workers)
         if late[0] or late[1]:
             ensure_scores(session)
-            _perform(pool, late[0] + bases, cost)
-            _perform(pool, built, cost)
+            _perform(session, pool, late[0] + bases, cost)
+            _perform(session, pool, built, cost)
+
+
+@contextmanager
+def deaths(session: Session, done: Callable[[Outcome], None]) -> Iterator[None]:
+    """Tasks that kill every worker become failed ones, known to the store and to `done`."""
+    try:
+        yield
+    except WorkerDeathError as death:
+        for task, reason in death.lost:
+            put_failure(session.store, task, reason)
+            done(Outcome(task.kind, key(task.spec), 0, 0.0, 0.0, 0.0, time.time(), reason))
 
 
 def _by_base(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
@@ -88,7 +101,7 @@ def _by_base(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     return bases, [task for task in tasks if task not in bases]
 
 
-def _perform(pool: Pool[Workspace], tasks: Sequence[Task], cost: Cost) -> None:
+def _perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost: Cost) -> None:
     totals = Counter[str]()
     for task in tasks:
         totals[NAMES[task.kind]] += _steps(task.kind)
@@ -100,7 +113,8 @@ def _perform(pool: Pool[Workspace], tasks: Sequence[Task], cost: Cost) -> None:
             if outcome.error:
                 console.print(f"[red]failed[/red] {outcome.kind} {outcome.key[:8]}: {outcome.error}")
 
-        pool.map(Workspace.perform, tasks, done)
+        with deaths(session, done):
+            pool.map(Workspace.perform, tasks, done)
 
 
 def _steps(kind: str) -> int:

@@ -328,14 +328,9 @@ class Workspace:
                 models = work(task)
             except Exception as failure:  # one failed task is a result: the others go on
                 error = f"{type(failure).__name__}: {failure}".strip()
-                self._record_failure(task, error, traceback.format_exc())
+                put_failure(self.store, task, error, traceback.format_exc())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return Outcome(task.kind, key(task.spec), models, self._training_seconds, wall, cpu, began, error)
-
-    def _record_failure(self, task: Task, error: str, trace: str) -> None:
-        provenance = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
-        spec = task.spec.model_dump(mode="json")
-        results.put_attempt(self.store, results.Attempt(key(task.spec), spec, "failed", error, provenance))
 
     def _kept_or(self, name: str, make: Callable[[], T]) -> T:
         if name not in self._kept:
@@ -482,6 +477,13 @@ class Workspace:
     def _put_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         plain = {part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}
         self.store.put(name, safetensors.torch.save(plain, dict(metadata) if metadata else None))
+
+
+def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
+    """Keep a try at a task that came to nothing, as an attempt."""
+    provenance = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
+    spec = task.spec.model_dump(mode="json")
+    results.put_attempt(store, results.Attempt(key(task.spec), spec, "failed", error, provenance))
 
 
 @contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,7 @@ R = TypeVar("R")
 
 MAX_TRIES = 3  # workers that one item may lose before it is given up
 _READY_SECONDS = 300
+_KNOCK_SECONDS = 5  # for a cluster to take a connection; Ray itself tries for minutes
 _SHORT = "/tmp" if os.path.isdir("/tmp") else None  # Ray's sockets allow paths of about a hundred characters
 
 ENVIRONMENT = {
@@ -35,7 +38,18 @@ WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 class WorkerDeathError(RuntimeError):
-    """Items that were given up because every worker that took them died."""
+    """Items that were given up because every worker that took them died, each with the last reason."""
+
+    def __init__(self, lost: Sequence[tuple[Any, str]], total: int) -> None:
+        self.lost = tuple(lost)
+        super().__init__(f"{len(lost)} of {total} items were given up: {lost[0][0]}, {lost[0][1]}")
+
+
+def death_reason(tries: int, error: object) -> str:
+    """One line on workers that died, with what Ray knows of the last."""
+    text = " ".join(str(error).split())
+    known = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?: Some common causes|$)", text)
+    return f"{tries} workers died on it; the last: {f'{known[1]}, {known[2]}' if known else text[:200]}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ def ray_cluster(
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "runtime_env": environment}
     try:
         if target:
+            _knock(target)
             ray.init(address=target, **quiet)
         else:
             scratch = tempfile.mkdtemp(prefix="ray-", dir=_SHORT)
@@ -74,7 +89,7 @@ def ray_cluster(
                 object_store_memory=_store_bytes(),
                 **quiet,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise InputError(
             f"no Ray cluster at {target or 'this machine'}: {reason}; start one with `ray start --head`, "
@@ -99,6 +114,13 @@ def prepare_ray(*, is_client: bool) -> None:
     has_token = "RAY_AUTH_TOKEN" in os.environ or any(Path(p).expanduser().is_file() for p in places if p)
     if is_client and has_token and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens at a cluster's `host:port`; other forms of address are Ray's to judge."""
+    host, colon, port = address.removeprefix("ray://").partition("/")[0].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
 def _size(resources: Mapping[str, float], workers: int | None, gpus_per_worker: float) -> Cluster:
@@ -228,7 +250,7 @@ class _Mapping(Generic[S, A, R]):
         self.running: dict[Any, tuple[int, int]] = {}  # call -> (item, actor), in the order handed out
         self.tries = [0] * len(items)
         self.results: dict[int, R] = {}
-        self.lost: list[str] = []
+        self.lost: list[tuple[A, str]] = []
 
     def run(self) -> list[R]:
         import ray
@@ -257,7 +279,7 @@ class _Mapping(Generic[S, A, R]):
                 self._hand_out(function, actor)
         self.pool.usage.span_seconds += time.perf_counter() - start
         if self.lost:
-            raise WorkerDeathError(f"{len(self.lost)} of {len(self.items)} items were given up: {self.lost[0]}")
+            raise WorkerDeathError(self.lost, len(self.items))
         return [self.results[i] for i in range(len(self.items))]
 
     def _load(self, actor: int) -> int:
@@ -279,8 +301,7 @@ class _Mapping(Generic[S, A, R]):
         self.pool.usage.deaths += 1
         self.tries[items[0]] += 1
         if self.tries[items[0]] >= MAX_TRIES:
-            reason = str(error).strip().split("\n", 1)[0]
-            self.lost.append(f"{self.items[items.pop(0)]} after {MAX_TRIES} workers died on it ({reason})")
+            self.lost.append((self.items[items.pop(0)], death_reason(MAX_TRIES, error)))
         self.waiting.extendleft(reversed(items))
         self.pool._actors[actor] = self.pool._spawn()
 

@@ -30,7 +30,7 @@ class Store:
         return "://" not in self.root
 
     def __post_init__(self) -> None:
-        if not self.is_local and not self.root.startswith("s3://"):
+        if not self.root.strip() or (not self.is_local and not self.root.startswith("s3://")):
             raise InputError(f"storage is {self.root!r}; allowed: a local folder or s3://bucket/prefix")
         if self.is_local:
             object.__setattr__(self, "root", str(Path(self.root).expanduser().absolute()))

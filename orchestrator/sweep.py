@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -9,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ray import tune
+
+from orchestrator.pool import MAX_TRIES, WorkerDeathError, death_reason
 
 S = TypeVar("S")
 A = TypeVar("A")
@@ -21,7 +24,6 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-MAX_DEATHS = 2  # workers that one trial may lose before it is given up
 
 
 def run_trials(
@@ -36,12 +38,13 @@ def run_trials(
 ) -> None:
     """Call `function(state, item)` in one Tune trial per item; `done` hears of each result, on the driver.
 
-    Each worker makes its state once, by `setup(*inputs)`. Needs a Ray that is up and whose cores are free. A trial
-    whose workers keep dying ends without a result; the others go on.
+    Each worker makes its state once, by `setup(*inputs)`. Needs a Ray that is up and whose cores are free. Raises
+    WorkerDeathError, after all the others are done, where the workers of a trial kept dying.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     trainable = tune.with_parameters(trial, function=function, items=tuple(items), setup=setup, inputs=inputs)
     scratch = tempfile.mkdtemp(prefix="tune-")
+    listener = _Listener(done)
     tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1, "gpu": gpus_per_worker}),
         param_space={"item": tune.grid_search(list(range(len(items))))},
@@ -53,14 +56,19 @@ def run_trials(
         run_config=tune.RunConfig(
             storage_path=scratch,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=MAX_DEATHS),
-            callbacks=[_Listener(done)],
+            failure_config=tune.FailureConfig(max_failures=MAX_TRIES - 1),
+            callbacks=[listener],
         ),
     )
+    tuning, level = logging.getLogger("ray.tune"), logging.getLogger("ray.tune").level
+    tuning.setLevel(logging.CRITICAL)  # a death is said by who catches it, once, and not as a traceback of Ray's
     try:
         tuner.fit()
     finally:
+        tuning.setLevel(level)
         shutil.rmtree(scratch, ignore_errors=True)
+    if listener.lost:
+        raise WorkerDeathError([(items[item], reason) for item, reason in listener.lost], len(items))
 
 
 _states: dict[str, Any] = {}  # of this worker process, which Tune reuses from trial to trial
@@ -80,14 +88,18 @@ def trial(
 
 
 class _Listener(tune.Callback):
-    """Hands each result to the driver's own code."""
+    """Hands each result to the driver's own code, and keeps the items whose workers kept dying."""
 
     def __init__(self, done: Callable[[Any], None] | None) -> None:
         self._done = done
+        self.lost: list[tuple[int, str]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_done": None}  # Tune pickles its callbacks beside a state that we never resume from
+        return {"_done": None, "lost": []}  # Tune pickles its callbacks beside a state that we never resume from
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if self._done is not None:
             self._done(result["result"])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.lost.append((trial.config["item"], death_reason(MAX_TRIES, trial.get_pickled_error())))

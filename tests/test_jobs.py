@@ -190,6 +190,28 @@ def test_a_run_that_fails_leaves_an_attempt_and_exit_code_1_and_is_tried_again(t
     assert len(rows(store)) == 4
 
 
+def test_a_run_that_kills_its_workers_is_a_failed_run_and_the_others_go_on(tmp_path: Path) -> None:
+    plugin, store = tmp_path / "mine.py", tmp_path / "store"
+    plugin.write_text(
+        "import os\n"
+        "from orchestrator.unlearning import METHODS\n"
+        "@METHODS\n"
+        "def deadly(model):\n"
+        '    """Ends its process."""\n'
+        "    os._exit(1)\n"
+    )
+    few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=deadly,identity"]
+    words = ["sweep", "digits", "--plugin", str(plugin), "--storage", str(store), "--workers", "2"]
+    words += [word for assignment in few for word in ("--set", assignment)]
+    ended = run(*words, "--tracking-uri", "none")
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "3 workers died on it" in " ".join(ended.stdout.split())
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert len(rows(store)) == 3
+    statuses = [line["status"] for line in pq.read_table(store / "exports" / "runs.parquet").to_pylist()]
+    assert sorted(statuses) == ["done"] * 3 + ["failed"]
+
+
 def test_a_row_cut_in_half_is_named_and_nothing_else_is_lost(finished: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -238,6 +260,10 @@ BAD = {
     "forget set": ["references", "digits", "--set", "data.label_noise=0"],
     "plugin": ["sweep", "digits", "--plugin", "/nowhere.py"],
     "storage": ["memorize", "digits", "--storage", "/dev/null/store"],
+    "no storage": ["memorize", "digits", "--storage", ""],
+    "nothing to read": ["export", "--storage", ""],
+    "nobody listens": ["memorize", "digits", "--address", "127.0.0.1:9"],
+    "no client server": ["memorize", "digits", "--address", "ray://127.0.0.1:9"],
     "bucket": ["memorize", "digits", "--storage", "gs://bucket/store"],
     "mlflow": ["sweep", "digits", "--tracking-uri", "http://127.0.0.1:9"],
     "cluster": ["memorize", "digits", "--address", "http://127.0.0.1:9"],
