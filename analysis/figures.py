@@ -16,7 +16,7 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from analysis.load import Tables
-from analysis.tables import comparison_table, counted, name_of, of_sweep
+from analysis.tables import comparison_table, counted, name_of, of_sweep, references_said
 
 mpl.rcParams.update(
     {
@@ -91,7 +91,7 @@ def forget_quality(tables: Tables, sweep: str) -> Figure:
     Shaded: where a new reference would fall with 95 % probability. Methods without a mask stand at the right.
     """
     frame = comparison_table(tables, sweep)
-    panels = list(frame.group_by("forget_set", "forget_draw", maintain_order=True))
+    panels = list(frame.group_by("forget_set", maintain_order=True))
     arms = frame["arm"].unique(maintain_order=True).to_list()
     settings = frame.select("arm", "variant", "learning_rate").n_unique()
     width = 3.9 * max(1, len(panels)) + 1.0
@@ -99,11 +99,12 @@ def forget_quality(tables: Tables, sweep: str) -> Figure:
     figure = Figure(figsize=(width, 5.8 + 0.18 * (settings / legend_columns + 2)), layout="constrained")
     grid = figure.subplots(2, max(1, len(panels)), squeeze=False, sharex=True)
     budgets = sorted(frame["budget"].drop_nulls().unique().to_list())
-    for column, ((forget_set, draw), part) in enumerate(panels):
+    for column, ((forget_set,), part) in enumerate(panels):
+        lines = part.to_dicts()
         upper, lower = grid[:, column]
         upper.set_title(
-            f"{forget_set}, draw {draw}\n{counted(part['num_runs'].to_list())} runs a point, "
-            f"{part['num_references'][0]} references"
+            f"{forget_set}, draw {max(part['draws'].to_list(), key=len)}\n"
+            f"{counted(part['num_runs'].to_list())} runs a point, {references_said(lines)}"
         )
         if (half := part["reference_band"][0]) is not None:
             upper.axhspan(-half, half, color="0.87", zorder=0, label="a new reference, 95 %")

@@ -12,7 +12,20 @@ from rich.table import Table
 from scipy import stats
 
 from analysis.load import Tables
-from analysis.tables import SETTING, Values, holm, name_of, of_sweep, references_of
+from analysis.tables import (
+    SETTING,
+    Side,
+    Values,
+    conditional_on,
+    draws_of,
+    holm,
+    mean_difference,
+    measured,
+    name_of,
+    of_sweep,
+    references_of,
+    sides,
+)
 
 MEASURES: Mapping[str, tuple[str, str]] = {
     "forget": ("accuracy", "forget"),
@@ -58,29 +71,39 @@ def paper_table(tables: Tables, sweep: str) -> pl.DataFrame:
 
     Columns of MEASURES as `<measure>` and `<measure>_spread` (null for a single run), `num_runs`; for forget, retain
     and test accuracy also `<measure>_p`, Welch's two-sided p of the difference of means, and `<measure>_p_holm`,
-    adjusted over all of them of a forget set. Null without references.
+    adjusted over all of them of a forget set. Null without references. Where a forget set was drawn several times,
+    each draw's runs are held against its own references; spread and p are over the draws.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
     references = references_of(runs)
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
-        keys, against = group["key"].to_list(), references.get((str(setting[0]), setting[1]), [])
-        line: dict[str, object] = dict(zip(SETTING, setting, strict=True)) | {"num_runs": len(keys)}
+        line: dict[str, object] = dict(zip(SETTING, setting, strict=True))
+        line |= {"draws": draws_of(group), "num_runs": len(group)}
+        drawn = sides(group, references)
         for measure, (metric, split) in MEASURES.items():
-            ours, theirs = (np.array(values.metric(side, metric, split)) * 100 for side in (keys, against))
-            line |= _measured(measure, ours, theirs)
+            line |= _measured(measure, measured(drawn, metric, split, values))
         lines.append(line)
     numbers = [f"{name}{part}" for name in MEASURES for part in ("", "_spread")] + [f"{name}_p" for name in _TESTED]
-    schema = {**_KINDS, "num_runs": pl.Int64(), **dict.fromkeys(numbers, pl.Float64())}
+    schema = {**_KINDS, "draws": pl.String(), "num_runs": pl.Int64(), **dict.fromkeys(numbers, pl.Float64())}
     return _adjusted(pl.DataFrame(lines, schema=schema))
 
 
-_KINDS = dict(zip(SETTING, (pl.String(), pl.Int64(), *[pl.String()] * 2, *[pl.Float64()] * 2), strict=True))
+_KINDS = dict(zip(SETTING, (*[pl.String()] * 3, *[pl.Float64()] * 2), strict=True))
 
 
-def _measured(measure: str, ours: np.ndarray, theirs: np.ndarray) -> dict[str, float | None]:
-    if not len(ours) or not len(theirs):
+def _measured(measure: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | None]:
+    if not pairs:
         return {}
+    if len(pairs) > 1:
+        over = mean_difference(pairs)
+        assert over.standard_error is not None
+        several: dict[str, float | None] = {measure: over.value}
+        several[f"{measure}_spread"] = over.standard_error * math.sqrt(len(pairs))
+        if measure in _TESTED and over.standard_error > 1e-9:
+            several[f"{measure}_p"] = 2 * float(stats.t.sf(abs(over.value) / over.standard_error, len(pairs) - 1))
+        return several
+    theirs, ours = pairs[0]
     found: dict[str, float | None] = {measure: float(theirs.mean() - ours.mean())}
     if len(ours) > 1:
         found[f"{measure}_spread"] = float(ours.std(ddof=1))
@@ -100,7 +123,7 @@ def _welch(ours: np.ndarray, theirs: np.ndarray) -> float | None:
 
 def _adjusted(frame: pl.DataFrame) -> pl.DataFrame:
     parts = []
-    for _, group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
+    for _, group in frame.group_by("forget_set", maintain_order=True):
         found = {name: group[f"{name}_p"].to_list() for name in _TESTED}
         tested = [(name, row) for name in _TESTED for row, p in enumerate(found[name]) if p is not None]
         adjusted = dict(zip(tested, holm([found[name][row] for name, row in tested]), strict=True))
@@ -116,7 +139,7 @@ def ablation_table(tables: Tables, sweep: str) -> pl.DataFrame:
     """Tug-of-war of every arm with a budget: one line per forget set, arm, rate and budget.
 
     Columns: strategy, granularity, method, budget (null: the strategy's own), realised_budget, tug_of_war (mean over
-    runs of their mean over references), standard_error over runs (null for one), num_runs, floor.
+    runs of their mean over the references of their draw), standard_error over runs (null for one), num_runs, floor.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
     references = references_of(runs)
@@ -124,12 +147,13 @@ def ablation_table(tables: Tables, sweep: str) -> pl.DataFrame:
     keys = (*SETTING, "strategy", "granularity", "method")
     lines = []
     for setting, group in masked.group_by(keys, maintain_order=True):
-        against = references.get((str(setting[0]), setting[1]), [])
-        found = [np.mean(pairs) for key in group["key"] if (pairs := _pairs(values, [key], against))]
-        among = _pairs(values, against, against)
+        drawn = sides(group, references)
+        found = [np.mean(pairs) for side in drawn for key in side.runs if (pairs := _pairs(values, [key], side))]
+        among = [pair for side in drawn for pair in _pairs(values, side.references, side)]
         lines.append(
             dict(zip(keys, setting, strict=True))
             | {
+                "draws": draws_of(group),
                 "realised_budget": group["realised_budget"].mean(),
                 "tug_of_war": float(np.mean(found)) if found else None,
                 "standard_error": float(np.std(found, ddof=1) / math.sqrt(len(found))) if len(found) > 1 else None,
@@ -138,13 +162,13 @@ def ablation_table(tables: Tables, sweep: str) -> pl.DataFrame:
             }
         )
     numbers = dict.fromkeys(("realised_budget", "tug_of_war", "standard_error"), pl.Float64())
-    text = dict.fromkeys(("strategy", "granularity", "method"), pl.String())
+    text = dict.fromkeys(("strategy", "granularity", "method", "draws"), pl.String())
     schema = {**_KINDS, **text, **numbers, "num_runs": pl.Int64(), "floor": pl.Float64()}
     return pl.DataFrame(lines, schema=schema)
 
 
-def _pairs(values: Values, keys: Sequence[str], references: Sequence[str]) -> list[float]:
-    return values.pairs(keys, references, "tug_of_war", "all")
+def _pairs(values: Values, keys: Sequence[str], side: Side) -> list[float]:
+    return values.pairs(keys, side.references, "tug_of_war", "all")
 
 
 def comparisons_with_paper(frame: pl.DataFrame, recipe: str) -> list[str]:
@@ -202,7 +226,7 @@ def paper_caption(lines: Sequence[Mapping[str, object]]) -> str:
     """What the numbers of a paper table are."""
     return (
         "reference - run in points, mean ± standard deviation over n runs (as in the paper); MIA: efficacy of the "
-        f"published SVC on confidence; conditional on the forget draw ({lines[0]['forget_draw']})"
+        f"published SVC on confidence; {conditional_on(lines)}"
     )
 
 
@@ -230,25 +254,25 @@ def _tug(line: Mapping[str, object] | None) -> str:
 
 
 def render(frame: pl.DataFrame) -> list[Table]:
-    """The paper table for the terminal, one part per forget set and draw."""
+    """The paper table for the terminal, one part per forget set."""
     shown = []
-    for (name, _), group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
+    for (name,), group in frame.group_by("forget_set", maintain_order=True):
         lines = group.to_dicts()
         shown.append(_table(f"\n{name}: {paper_caption(lines)}", PAPER_HEADINGS, map(paper_cells, lines)))
     return shown
 
 
 def render_ablation(frame: pl.DataFrame) -> list[Table]:
-    """The ablation table for the terminal, one part per forget set and draw."""
+    """The ablation table for the terminal, one part per forget set."""
     shown = []
-    for (name, draw), group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
+    for (name,), group in frame.group_by("forget_set", maintain_order=True):
         headings, rows = ablation_grid(group)
         shorter = [place for place, name in enumerate(headings) if name not in ("strategy", "granularity", "method")]
         headings, rows = [headings[i] for i in shorter], [[row[i] for i in shorter] for row in rows]
         counts, floor = group["num_runs"].unique().to_list(), group["floor"][0]
         title = f"\n{name}: tug-of-war ± standard error over {'/'.join(map(str, counts))} runs, by budget"
         title += f"; references against one another {floor:.3f}" if floor is not None else ""
-        shown.append(_table(f"{title}; conditional on the forget draw ({draw})", headings, rows))
+        shown.append(_table(f"{title}; {conditional_on(group.to_dicts())}", headings, rows))
     return shown
 
 

@@ -33,7 +33,7 @@ _ENOUGH = 5  # references per forget set
 _EXTRA = (
     "ToW-MIA (floor)",
     "probability distance (floor)",
-    *(f"SVC {name.removeprefix('published_svc_').replace('_', ' ')}" for name in tables.ATTACKS),
+    *(f"SVC {name.removeprefix('published_svc_').replace('_', ' ')} (refs)" for name in tables.ATTACKS),
     *("realised", "effective"),
 )
 
@@ -133,6 +133,7 @@ def _facts(runs: pl.DataFrame, sweep: str | None) -> dict[str, str]:
         "data": ", ".join(runs["data"].unique().to_list()),
         "model": ", ".join(runs["model"].unique().to_list()),
         "runs": f"{len(runs)}, of them {len(runs.filter(pl.col('arm') == 'reference'))} references",
+        "training": f"{runs['seconds'].sum():.0f} s in these runs, whichever command trained them",
         "code": ", ".join(commit[:12] for commit in runs["git_commit"].drop_nulls().unique().to_list()) or "unknown",
         "numerics": "; ".join(runs["numerics"].drop_nulls().unique().to_list()),
     }
@@ -177,7 +178,10 @@ def _pairing(runs: pl.DataFrame) -> str:
     draws = runs.group_by("forget_set").agg(pl.col("forget_draw").n_unique())["forget_draw"].to_numpy().max()
     text = "Every forget set is drawn once, so all numbers are conditional on the draw."
     if draws > 1:
-        text = "Forget sets are drawn several times; each draw has its own lines, conditional on it."
+        text = (
+            "Forget sets are drawn several times: each draw is held against references of its own, and means and "
+            "intervals are over the draws."
+        )
     both = runs.drop_nulls("original_seed")
     if len(both) and (both["original_seed"] == both["seed"]).all():
         text += " Seeds vary the original and the unlearning together."
@@ -211,14 +215,13 @@ def _scores(read: Tables, key: str) -> dict[str, Any]:
 
 def _tables(frame: pl.DataFrame) -> list[dict[str, Any]]:
     parts = []
-    for (name, draw), group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
+    for (name,), group in frame.group_by("forget_set", maintain_order=True):
         lines = group.to_dicts()
         has_parts = lines[0]["forget_flipped_difference"] is not None
         columns = [*tables.HEADINGS, *(("forget, flipped", "forget, unflipped") if has_parts else ()), *_EXTRA]
-        runs, references = tables.counted(group["num_runs"].to_list()), lines[0]["num_references"]
         caption = (
-            f"{runs} runs a line against {references} references; reference minus run in points with 95 % interval, "
-            f"conditional on the forget draw ({draw})."
+            f"{tables.counted(group['num_runs'].to_list())} runs a line against {tables.references_said(lines)}; "
+            f"reference minus run in points with 95 % interval, {tables.conditional_on(lines)}."
         )
         cells = [
             [
@@ -228,7 +231,10 @@ def _tables(frame: pl.DataFrame) -> list[dict[str, Any]]:
                     f"{tables.number(line[name], 3)} ({tables.number(line[f'{name}_floor'], 3)})"
                     for name in ("tug_of_war_membership", "probability_distance")
                 ),
-                *(tables.number(line[attack]) for attack in tables.ATTACKS),
+                *(
+                    f"{tables.number(line[attack])} ({tables.number(line[f'{attack}_references'])})"
+                    for attack in tables.ATTACKS
+                ),
                 *(tables.number(line[f"{kind}_budget"], 4) for kind in ("realised", "effective")),
             ]
             for line in lines
@@ -267,13 +273,13 @@ def _paper(frame: pl.DataFrame) -> list[dict[str, Any]]:
             "columns": paper.PAPER_HEADINGS,
             "lines": [paper.paper_cells(line) for line in group.to_dicts()],
         }
-        for (name, _), group in frame.group_by("forget_set", "forget_draw", maintain_order=True)
+        for (name,), group in frame.group_by("forget_set", maintain_order=True)
     ]
 
 
 def _ablations(frame: pl.DataFrame) -> list[dict[str, Any]]:
     parts = []
-    for (name, _), group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
+    for (name,), group in frame.group_by("forget_set", maintain_order=True):
         columns, lines = paper.ablation_grid(group)
         parts.append({"name": name, "floor": tables.number(group["floor"][0], 3), "columns": columns, "lines": lines})
     return parts

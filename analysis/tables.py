@@ -1,7 +1,8 @@
 """The tables: every setting of a sweep against its references, paired comparisons, and what scores find.
 
 All as DESIGN section 12 has it: difference = reference - value, standard errors over the seeds of both sides, 95 %
-t-intervals with Satterthwaite's degrees of freedom, and no selection: each setting is its own line.
+t-intervals with Satterthwaite's degrees of freedom, and no selection: each setting is its own line. Where a forget set
+was drawn several times, each draw has its own references and the interval is over the draws' differences.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from scipy import stats
 
 from analysis.load import Tables
 
-SETTING = ("forget_set", "forget_draw", "arm", "variant", "learning_rate", "budget")
+SETTING = ("forget_set", "arm", "variant", "learning_rate", "budget")
 SPLITS = ("forget", "retain", "test", "forget_flipped", "forget_unflipped")
 EVERY = "all"  # the reference key of comparisons with all references together
 GATE, HARD_GATE = 0.995, 0.97
@@ -28,7 +29,6 @@ _FEATURES = ("confidence", "correctness", "entropy", "modified_entropy", "probab
 ATTACKS = tuple(f"published_svc_{feature}" for feature in _FEATURES)
 _KEYS = {
     "forget_set": pl.String(),
-    "forget_draw": pl.Int64(),
     "arm": pl.String(),
     "variant": pl.String(),
     "learning_rate": pl.Float64(),
@@ -36,6 +36,7 @@ _KEYS = {
 }
 COMPARISON: Mapping[str, pl.DataType] = {
     **_KEYS,
+    "draws": pl.String(),
     "num_runs": pl.Int64(),
     "num_references": pl.Int64(),
     **{f"{split}_{part}": pl.Float64() for split in SPLITS for part in _PARTS},
@@ -50,10 +51,11 @@ COMPARISON: Mapping[str, pl.DataType] = {
     "tug_of_war_membership_floor": pl.Float64(),
     "probability_distance": pl.Float64(),
     "probability_distance_floor": pl.Float64(),
-    **{name: pl.Float64() for name in (*ATTACKS, *_MEANS)},
+    **{name: pl.Float64() for attack in ATTACKS for name in (attack, f"{attack}_references")},
+    **{name: pl.Float64() for name in _MEANS},
 }
 PAIRED: Mapping[str, pl.DataType] = {
-    **{name: kind for name, kind in _KEYS.items() if name not in ("arm", "forget_draw")},
+    **{name: kind for name, kind in _KEYS.items() if name != "arm"},
     "against": pl.String(),
     "against_variant": pl.String(),
     "against_rate": pl.Float64(),
@@ -72,7 +74,7 @@ class Difference:
     high: float | None
 
 
-def difference(references: Sequence[float], runs: Sequence[float]) -> Difference:
+def difference(references: Sequence[float] | np.ndarray, runs: Sequence[float] | np.ndarray) -> Difference:
     """Mean of the references minus mean of the runs (Welch's interval)."""
     value = float(np.mean(references) - np.mean(runs))
     if min(len(references), len(runs)) < 2:
@@ -85,6 +87,17 @@ def difference(references: Sequence[float], runs: Sequence[float]) -> Difference
         part**2 / (len(side) - 1) for part, side in zip(parts, (references, runs), strict=True)
     )
     half = float(stats.t.ppf(0.975, freedom)) * standard_error
+    return Difference(value, standard_error, value - half, value + half)
+
+
+def mean_difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Difference:
+    """Mean over two or more draws of each draw's difference, with a t-interval over the draws.
+
+    All that varies with the draw is in it: the examples, the original, the unlearning and the references.
+    """
+    found = np.array([theirs.mean() - ours.mean() for theirs, ours in pairs])
+    value, standard_error = float(found.mean()), float(found.std(ddof=1) / math.sqrt(len(found)))
+    half = float(stats.t.ppf(0.975, len(found) - 1)) * standard_error
     return Difference(value, standard_error, value - half, value + half)
 
 
@@ -144,24 +157,50 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
-    """One line per setting (forget set and draw, arm, variant, learning rate, budget), against its own references.
+    """One line per setting (forget set, arm, variant, learning rate, budget), each draw against its own references.
 
-    Columns as in `COMPARISON`: for forget, retain and test accuracy (and the flipped and unflipped parts of a forget
-    set that has both) `<split>_difference`, `_standard_error`, `_low`, `_high` in percentage points; reference_band,
-    half of the 95 % interval in which one more reference's forget accuracy would fall; tug_of_war and its floor
-    (references against one another); excess_disagreement (share of the forget set); the membership AUC of the runs and
-    of the references, and the mean of reference - run; tug-of-war with the published attack in it, and the distance
-    of the given label's probability to the references' mean, each with its floor (a reference against
-    the others); the published attacks; means of budgets, steps and seconds.
+    Columns as in `COMPARISON`: the draws, as text; num_references of each draw; for forget, retain and test accuracy
+    (and the flipped and unflipped parts of a forget set that has both) `<split>_difference`, `_standard_error`,
+    `_low`, `_high` in percentage points; reference_band, half of the 95 % interval in which one more reference's
+    forget accuracy would fall; tug_of_war and its floor (references against one another); excess_disagreement (share
+    of the forget set); the membership AUC of the runs and of the references, and the mean of reference - run;
+    tug-of-war with the published attack in it, and the distance of the given label's probability to the references'
+    mean, each with its floor (a reference against the others); the published attacks on runs and on references; means
+    of budgets, steps and seconds.
     Null where there is nothing to compare with.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
     references = references_of(runs)
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
-        against = references.get((str(setting[0]), setting[1]), [])
-        lines.append(dict(zip(SETTING, setting, strict=True)) | _line(group, against, values))
+        found = dict(zip(SETTING, setting, strict=True)) | {"draws": draws_of(group)}
+        lines.append(found | _line(group, sides(group, references), values))
     return pl.DataFrame(lines, schema=dict(COMPARISON))
+
+
+@dataclass(frozen=True)
+class Side:
+    """The runs of a setting on one draw of the forget set, and the references of that draw, by key."""
+
+    runs: list[str]
+    references: list[str]
+
+
+def sides(group: pl.DataFrame, references: Mapping[tuple[str, object], list[str]]) -> list[Side]:
+    """The runs of a setting by forget draw."""
+    drawn = group.group_by("forget_set", "forget_draw", maintain_order=True)
+    return [Side(part["key"].to_list(), references.get((str(name), draw), [])) for (name, draw), part in drawn]
+
+
+def draws_of(group: pl.DataFrame) -> str:
+    """The forget draws of some runs, as text: `0` or `0, 1, 2`."""
+    return ", ".join(map(str, sorted(group["forget_draw"].unique().to_list())))
+
+
+def conditional_on(lines: Sequence[Mapping[str, object]]) -> str:
+    """What a forget set's numbers hold for: one draw of it, or several."""
+    draws = max((str(line["draws"]) for line in lines), key=len)
+    return f"over the forget draws {draws}" if "," in draws else f"conditional on the forget draw ({draws})"
 
 
 def references_of(runs: pl.DataFrame) -> dict[tuple[str, object], list[str]]:
@@ -170,48 +209,80 @@ def references_of(runs: pl.DataFrame) -> dict[tuple[str, object], list[str]]:
     return {(str(name), draw): group["key"].to_list() for (name, draw), group in chosen}
 
 
-def _line(group: pl.DataFrame, references: list[str], values: Values) -> dict[str, object]:
-    keys = group["key"].to_list()
-    line: dict[str, object] = {"num_runs": len(keys), "num_references": len(references)}
+def _line(group: pl.DataFrame, drawn: Sequence[Side], values: Values) -> dict[str, object]:
+    keys = [key for side in drawn for key in side.runs]
+    references = [key for side in drawn for key in side.references]
+    line: dict[str, object] = {
+        "num_runs": len(keys),
+        "num_references": min(len(side.references) for side in drawn),
+    }
     for split in SPLITS:
-        line |= _accuracy_columns(keys, references, split, values)
-    among = values.pairs(references, references, "disagreement", "forget")
-    between = values.pairs(keys, references, "disagreement", "forget")
+        line |= _accuracy_columns(drawn, split, values)
+
+    def between(metric: str, split: str) -> float | None:
+        return _mean([v for side in drawn for v in values.pairs(side.runs, side.references, metric, split)])
+
+    def among(metric: str, split: str) -> float | None:
+        return _mean([v for side in drawn for v in values.pairs(side.references, side.references, metric, split)])
+
     line |= {
-        "reference_band": _prediction_band([100 * a for a in values.metric(references, "accuracy", "forget")]),
-        "tug_of_war": _mean(values.pairs(keys, references, "tug_of_war", "all")),
-        "tug_of_war_floor": _mean(values.pairs(references, references, "tug_of_war", "all")),
-        "excess_disagreement": float(np.mean(between) - np.mean(among)) if among and between else None,
+        "reference_band": _prediction_band(
+            [[100 * a for a in values.metric(side.references, "accuracy", "forget")] for side in drawn]
+        ),
+        "tug_of_war": between("tug_of_war", "all"),
+        "tug_of_war_floor": among("tug_of_war", "all"),
+        "excess_disagreement": _excess(drawn, values),
         "membership_auc": _mean(values.metric(keys, "membership_auc", "forget")),
         "reference_auc": _mean(values.metric(references, "membership_auc", "forget")),
-        "membership_auc_difference": _mean(values.pairs(keys, references, "membership_auc_difference", "forget")),
-        "tug_of_war_membership": _mean(values.pairs(keys, references, "tug_of_war_membership", "all")),
-        "tug_of_war_membership_floor": _mean(values.pairs(references, references, "tug_of_war_membership", "all")),
+        "membership_auc_difference": between("membership_auc_difference", "forget"),
+        "tug_of_war_membership": between("tug_of_war_membership", "all"),
+        "tug_of_war_membership_floor": among("tug_of_war_membership", "all"),
         "probability_distance": _mean(values.pairs(keys, [EVERY], "probability_distance", "forget")),
         "probability_distance_floor": _mean(values.pairs(references, [EVERY], "probability_distance", "forget")),
     }
     return (
         line
         | {attack: _mean(values.metric(keys, attack, "forget")) for attack in ATTACKS}
+        | {f"{attack}_references": _mean(values.metric(references, attack, "forget")) for attack in ATTACKS}
         | {column: group[column].mean() for column in _MEANS}
     )
 
 
-def _accuracy_columns(keys: list[str], references: list[str], split: str, values: Values) -> dict[str, float | None]:
-    ours, theirs = values.metric(keys, "accuracy", split), values.metric(references, "accuracy", split)
+def _excess(drawn: Sequence[Side], values: Values) -> float | None:
+    """Disagreement of runs with their references beyond that of the references among themselves, mean over draws."""
+    found = []
+    for side in drawn:
+        among = values.pairs(side.references, side.references, "disagreement", "forget")
+        between = values.pairs(side.runs, side.references, "disagreement", "forget")
+        if among and between:
+            found.append(float(np.mean(between) - np.mean(among)))
+    return _mean(found)
+
+
+def measured(drawn: Sequence[Side], metric: str, split: str, values: Values) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The values of references and of runs in points, by draw; draws where a side has none are left out."""
+    found = [[np.array(values.metric(k, metric, split)) * 100 for k in (s.references, s.runs)] for s in drawn]
+    return [(theirs, ours) for theirs, ours in found if len(theirs) and len(ours)]
+
+
+def _accuracy_columns(drawn: Sequence[Side], split: str, values: Values) -> dict[str, float | None]:
     names = [f"{split}_{part}" for part in _PARTS]
-    if not ours or not theirs:
+    pairs = measured(drawn, "accuracy", split, values)
+    if not pairs:
         return dict.fromkeys(names)
-    found = difference([100 * value for value in theirs], [100 * value for value in ours])
+    found = difference(*pairs[0]) if len(pairs) == 1 else mean_difference(pairs)
     return dict(zip(names, (found.value, found.standard_error, found.low, found.high), strict=True))
 
 
-def _prediction_band(found: Sequence[float]) -> float | None:
-    """Half of the 95 % interval for the difference of one more value from the mean of these."""
-    if len(found) < 2:
+def _prediction_band(drawn: Sequence[Sequence[float]]) -> float | None:
+    """Half of the 95 % interval for the difference of one more value from the mean of these, draws pooled."""
+    drawn = [found for found in drawn if len(found) > 1]
+    if not drawn:
         return None
-    spread = float(np.std(found, ddof=1)) * math.sqrt(1 + 1 / len(found))
-    return float(stats.t.ppf(0.975, len(found) - 1)) * spread
+    freedom = sum(len(found) - 1 for found in drawn)
+    variance = sum(float(np.var(found, ddof=1)) * (len(found) - 1) for found in drawn) / freedom
+    more = float(np.mean([1 / len(found) for found in drawn]))
+    return float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance * (1 + more))
 
 
 def paired_table(tables: Tables, sweep: str) -> pl.DataFrame:
@@ -354,6 +425,12 @@ def counted(values: Sequence[int]) -> str:
     return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
+def references_said(lines: Sequence[Mapping[str, object]]) -> str:
+    """How many references a forget set has."""
+    several = any("," in str(line["draws"]) for line in lines)
+    return f"{lines[0]['num_references']} references" + (" a draw" if several else "")
+
+
 HEADINGS = ("arm", "rate", "budget", "forget", "retain", "test", "tug (floor)", "disagree", "AUC (refs)", "steps", "s")
 
 
@@ -374,14 +451,13 @@ def cells(line: Mapping[str, object], text: Callable[[Mapping[str, object], str]
 
 
 def render(frame: pl.DataFrame) -> list[Table]:
-    """One terminal table per forget set and draw, for 120 columns."""
+    """One terminal table per forget set, for 120 columns."""
     tables = []
-    for (forget_set, draw), group in frame.group_by("forget_set", "forget_draw", maintain_order=True):
+    for (forget_set,), group in frame.group_by("forget_set", maintain_order=True):
         lines = group.to_dicts()
         table = Table(
             title=f"\n{forget_set}: reference - run in points ± half of the 95 % interval; "
-            f"{lines[0]['num_references']} references, {counted(group['num_runs'].to_list())} runs a line, "
-            f"conditional on the forget draw ({draw})",
+            f"{references_said(lines)}, {counted(group['num_runs'].to_list())} runs a line, {conditional_on(lines)}",
             title_justify="left",
             title_style="bold",
             padding=(0, 1, 0, 0),

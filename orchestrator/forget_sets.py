@@ -28,7 +28,10 @@ def random(
     fraction: float = 0.1,
     as_released: Annotated[bool, Added()] = False,
 ) -> np.ndarray:
-    """A uniform draw from the training set (`fraction` of it; `as_released`: the one draw of the code of DEL)."""
+    """A uniform draw from the training set.
+
+    `fraction` of it, rounded; `as_released`: the one draw of the code of DEL, which rounds down.
+    """
     return _drawn("random", np.arange(len(labels)), len(labels), fraction, None if as_released else rng)
 
 
@@ -44,7 +47,8 @@ def random_of_classes(
 ) -> np.ndarray:
     """A uniform draw from some classes (`fraction` of the whole training set), DEL's Non-IID setting.
 
-    `classes` are names or numbers from 0. `as_released`: the draw of the released code, `random.seed(25)`.
+    `classes` are names or numbers from 0. `as_released`: the draw of the released code, `random.seed(25)`, whose size
+    is rounded down.
     """
     numbers = [class_number(name, class_names) for name in classes]
     candidates = np.flatnonzero(np.isin(labels, numbers))
@@ -55,7 +59,7 @@ def _drawn(
     name: str, candidates: np.ndarray, total: int, fraction: float, rng: np.random.Generator | None
 ) -> np.ndarray:
     """Draw `fraction` of `total` from the candidates; without a generator as released with DEL."""
-    count = round(fraction * total)
+    count = round(fraction * total) if rng is not None else int(fraction * total)
     allowed = min(len(candidates), total - 1)
     if not 0 < count <= allowed:
         raise InputError(
@@ -113,9 +117,15 @@ def _parsed(path: str, content: bytes) -> np.ndarray:
             return loaded
         if path.endswith((".parquet", ".csv")):
             source = pa.BufferReader(content)
-            table = parquet.read_table(source) if path.endswith(".parquet") else csv.read_csv(source)
-            return _only_column(table, path)
-        return np.array([int(word) for word in content.decode().split()], dtype=np.int64)
+            if path.endswith(".parquet"):
+                return _only_column(parquet.read_table(source), path)
+            first = content.decode().partition("\n")[0].split(",")
+            headed = csv.ReadOptions(autogenerate_column_names=all(_is_number(cell) for cell in first))
+            return _only_column(csv.read_csv(source, headed), path)
+        words = content.decode("utf-8-sig").split()
+        if wrong := [word for word in words if not _is_number(word)]:
+            raise ValueError(f"{wrong[0]!r} is not a whole number")
+        return np.array([int(word) for word in words], dtype=np.int64)
     except (ValueError, OSError, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise
@@ -123,6 +133,10 @@ def _parsed(path: str, content: bytes) -> np.ndarray:
         raise InputError(
             f"forget file {path!r} cannot be read: {reason}; allowed: numbers in text, .csv, .parquet or .npy"
         ) from None
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().strip('"').removeprefix("-").isdecimal()
 
 
 def _only_column(table: Any, path: str) -> np.ndarray:

@@ -64,6 +64,7 @@ Positive = Annotated[float, Bounds(above=0)]
 NonNegative = Annotated[float, Bounds(at_least=0)]
 Share = Annotated[float, Bounds(at_least=0, at_most=1)]
 ShareBelowOne = Annotated[float, Bounds(at_least=0, below=1)]
+ProperShare = Annotated[float, Bounds(above=0, below=1)]
 
 
 def suggest(got: str, allowed: Iterable[str]) -> str:

@@ -244,6 +244,14 @@ class Study(Spec):
 # ---- overrides -----------------------------------------------------------------------------------------------------
 
 
+class _ValueError(InputError):
+    """A value that its field does not allow; `allowed` says what would be."""
+
+    def __init__(self, place: str, value: object, allowed: str) -> None:
+        self.allowed = allowed
+        super().__init__(f"{place} is {value!r}; allowed: {allowed}")
+
+
 def checked(build: Callable[[], T]) -> T:
     """Build a spec; what pydantic or a registry finds wrong becomes one InputError sentence."""
     try:
@@ -254,7 +262,8 @@ def checked(build: Callable[[], T]) -> T:
         cause = (first.get("ctx") or {}).get("error")
         if isinstance(cause, InputError):
             raise InputError(str(cause)) from None
-        raise InputError(f"{place} is {first['input']!r}; {first['msg'].lower()}") from None
+        allowed = first["msg"].removeprefix("Input should be ").partition(", unable")[0]
+        raise _ValueError(place, first["input"], allowed[0].lower() + allowed[1:]) from None
 
 
 def override(study: Study, assignments: Iterable[str]) -> Study:
@@ -286,14 +295,21 @@ def assign(study: Study, assignment: str, later: Mapping[str, str] | None = None
     path, equals, text = assignment.partition("=")
     if not equals or not path:
         raise InputError(f"--set takes field=value; got {assignment!r}")
+    try:
+        return _assigned(study, path, text, later or {})
+    except _ValueError as error:
+        raise InputError(f"{path} is {text!r}; allowed: {error.allowed}") from None
+
+
+def _assigned(study: Study, path: str, text: str, later: Mapping[str, str]) -> Study:
     field, *rest = path.split(".")
     changes: Any
     if field in ("data", "model"):
-        changes = _named(getattr(study, field), rest, text, path, later or {})
+        changes = _named(getattr(study, field), rest, text, path, later)
     elif field in ("training", "campaign"):
         changes = _part(getattr(study, field), rest, text, path)
     elif field == "forget_sets":
-        changes = _forget_sets(study.forget_sets, rest, text, path, later or {})
+        changes = _forget_sets(study.forget_sets, rest, text, path, later)
     elif field == "methods":
         changes = _arms(study.methods, rest, text, path)
     elif field == "seeds" and not rest:

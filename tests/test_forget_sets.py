@@ -121,6 +121,12 @@ def test_the_released_draws_are_those_of_the_code_of_del() -> None:
     assert drawn.tolist() == sorted(expected)
 
 
+def test_the_released_code_rounds_down() -> None:
+    svhn = np.arange(73_257) % 10
+    ours = FORGET_SETS["random"]({"labels": svhn, "rng": None}, {"fraction": 0.1, "as_released": True})
+    assert ours.tolist() == sorted(random.Random(25).sample(range(73_257), 7_325))
+
+
 def test_least_and_middle_memorized_by_hand() -> None:
     scores = np.linspace(0.6, 1, 100)
     scores[[7, 30, 80]] = [0.1, 0.52, 0.3]
@@ -135,6 +141,8 @@ def content(kind: str, indices: list[int]) -> bytes:
         np.save(buffer, np.array(indices))
     elif kind == "parquet":
         pq.write_table(pa.table({"name": ["x"] * len(indices), "index": indices}), buffer)
+    elif kind == "headless.csv":
+        buffer.write("".join(f"{i}\r\n" for i in indices).encode())
     elif kind == "csv":
         buffer.write(("index,why\n" + "".join(f"{i},old\n" for i in indices)).encode())
     else:
@@ -148,10 +156,10 @@ def from_file(kind: str, indices: list[int]) -> list[int]:
     return drawn
 
 
-@pytest.mark.parametrize("kind", ["txt", "csv", "parquet", "npy"])
+@pytest.mark.parametrize("kind", ["txt", "csv", "headless.csv", "parquet", "npy"])
 def test_a_users_file_is_read_sorted_and_checked(kind: str) -> None:
     assert from_file(kind, [99, 0, 17]) == [0, 17, 99]
-    with pytest.raises(InputError, match=r"'mine.\w+' has the index 100; allowed: 0 to 99"):
+    with pytest.raises(InputError, match=r"'mine\.\S+' has the index 100; allowed: 0 to 99"):
         from_file(kind, [3, 100])
     with pytest.raises(InputError, match="has the index -1; allowed: 0 to 99"):
         from_file(kind, [-1, 5])
@@ -168,6 +176,7 @@ def test_a_users_file_is_read_sorted_and_checked(kind: str) -> None:
         ("a.txt", b"\xff\xfe"),
         ("a.csv", b""),
         ("a.csv", b"x,y\n1,2\n"),
+        ("a.csv", b"1,2\n3,4\n"),
         ("a.csv", b"index\n1.5\n"),
         ("a.parquet", b"PAR1"),
         ("a.npy", b"nothing"),

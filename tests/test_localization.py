@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from collections import Counter
 from decimal import Decimal
@@ -223,14 +224,12 @@ def test_gradient_scores_equal_a_slow_loop(model: nn.Module, splits: Splits, bat
     sums = [np.zeros(parameter.shape) for parameter in slow.parameters()]
     count = len(splits.forget)
     for i in range(count):
-        start = i // batch_size * batch_size
-        in_batch = min(start + batch_size, count) - start
         image = splits.forget.images[i].permute(2, 0, 1)[None].double() / 255
         slow.double().zero_grad()
         functional.cross_entropy(slow(image), splits.forget.labels[i : i + 1]).backward()  # type: ignore[no-untyped-call]
         for total, parameter in zip(sums, slow.parameters(), strict=True):
             assert parameter.grad is not None
-            total += parameter.grad.numpy() / in_batch
+            total += parameter.grad.numpy() / batch_size
     options = {"batch_size": batch_size}
     plain = localize("gradient", options, model, splits, generator=generator(0), base=None)
     weighted = localize("weighted_gradient", options, model, splits, generator=generator(0), base=None)
@@ -247,6 +246,20 @@ def test_the_batches_of_a_gradient_matter_only_through_their_sum(model: nn.Modul
     )
     for name, part in twice.items():
         torch.testing.assert_close(part, 2 * once[name], rtol=1e-3, atol=1e-6)
+
+
+def test_as_released_leaves_out_what_does_not_fill_a_batch_and_nothing_else(model: nn.Module, splits: Splits) -> None:
+    def found(examples: Examples, size: int, as_released: bool) -> Scores:
+        options = {"batch_size": size, "as_released": as_released}
+        part = dataclasses.replace(splits, forget=examples)
+        return localize("gradient", options, model, part, generator=generator(0), base=None)
+
+    for size in (4, 13):  # whole batches alone, or none: nothing to leave out
+        for name, part in found(splits.forget, size, True).items():
+            torch.testing.assert_close(part, found(splits.forget, size, False)[name], rtol=1e-3, atol=1e-6)
+    kept = torch.randperm(12, generator=generator(0, "released batches"))[:10]
+    for name, part in found(splits.forget, 5, True).items():
+        torch.testing.assert_close(part, found(splits.forget.take(kept), 5, False)[name], rtol=1e-3, atol=1e-6)
 
 
 def ragged_scores(seed: int, ties: bool) -> Scores:

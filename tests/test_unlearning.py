@@ -337,12 +337,17 @@ def one_gradient(model: nn.Module, examples: Examples) -> Tensor:
     return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("order", ["shuffled", "retain_first"])
 @pytest.mark.parametrize(("selection", "damping"), [(1.0, 1.0), (0.5, 0.3), (2.0, 1.0)])
-def test_ssd_equals_a_slow_loop(selection: float, damping: float, available: dict[str, Any], splits: Splits) -> None:
+def test_ssd_equals_a_slow_loop(
+    selection: float, damping: float, order: str, available: dict[str, Any], splits: Splits
+) -> None:
     model, size = available["model"], 5
     everything = Examples(
         torch.cat([splits.retain.images, splits.forget.images]), torch.cat([splits.retain.labels, splits.forget.labels])
     )
+    if order == "shuffled":
+        everything = everything.take(torch.randperm(len(everything), generator=generator(0, "unlearning")))
     importance = []
     for examples in (splits.forget, everything):
         starts = range(0, len(examples), size)
@@ -353,7 +358,9 @@ def test_ssd_equals_a_slow_loop(selection: float, damping: float, available: dic
         shrinks = of_forget > selection * of_all
         expected.append(weight * min(1.0, damping * of_all / of_forget) if shrinks else weight)
     entry = METHODS["ssd"]
-    found = entry(available, entry.resolve({"selection": selection, "damping": damping, "batch_size": size}))
+    found = entry(
+        available, entry.resolve({"selection": selection, "damping": damping, "batch_size": size, "order": order})
+    )
     torch.testing.assert_close(flat(found).double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-6)
     changed = (flat(found) != flat(model)).float().mean()
     assert 0.01 < changed < 0.99

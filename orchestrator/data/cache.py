@@ -154,7 +154,7 @@ def _decoded(encoded: Iterable[Encoded], resize: int | None, crop: int | None) -
 def _decode(item: Encoded, resize: int | None, crop: int | None) -> np.ndarray:
     import struct
 
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     # all that Pillow's readers raise on damaged files; UnidentifiedImageError is an OSError
     damaged = (OSError, ValueError, TypeError, KeyError, IndexError, EOFError, SyntaxError, OverflowError, struct.error)
@@ -162,6 +162,8 @@ def _decode(item: Encoded, resize: int | None, crop: int | None) -> np.ndarray:
         content = item.content if isinstance(item.content, Path) else io.BytesIO(item.content)
         with Image.open(content) as opened:
             image = opened.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{item.name} cannot be decoded: it is no image that Pillow knows") from None
     except (*damaged, Image.DecompressionBombError) as error:
         raise InputError(f"{item.name} cannot be decoded: {first_line(error)}") from None
     return prepared(image, resize, crop, item.name)

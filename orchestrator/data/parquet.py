@@ -70,9 +70,8 @@ def _opened(path: str, option: str) -> _File:
     import pyarrow.parquet as pq
 
     if not Path(path).is_file():
-        raise InputError(
-            f"data file {path!r} does not exist; give the path of a Parquet file with --set data.{option}=PATH"
-        )
+        what = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise InputError(f"data file {path!r} {what}; give the path of a Parquet file with --set data.{option}=PATH")
     try:
         schema = pq.read_schema(path)
         column, label = (_column(schema.names, names, path) for names in (("image", "img"), ("label", "labels")))

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.registry import Count, InputError, ShareBelowOne
+from orchestrator.registry import Count, InputError, ProperShare
 from orchestrator.training import Mask
 
 GRANULARITIES = ("param", "channel")
 
-TopH = Literal["released", "all"] | Count | ShareBelowOne
+TopH = Literal["released", "all"] | Count | ProperShare
 """How many of a channel's highest scores its own score is the mean of: min(max(1, int(0.1 x channels)), fan-in) as
 released with DEL, all (the plain mean, as released for transformers), a number, or a share of the fan-in."""
 

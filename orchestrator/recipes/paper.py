@@ -1,7 +1,8 @@
 """The experiments of the DEL paper (Torkzadehmahani et al. 2025): one original, one draw, three unlearning seeds.
 
-Training and forget draws are as released; rates of methods are the released ones or, where none is known, RUM's. Each
-recipe has a twin in protocol `joint`, in which draws, originals and unlearning vary together and the draws are ours.
+Training, forget draws and the batches of gradient masks are as released; rates of methods are the released ones or,
+where none is known, RUM's. Each recipe has a twin in protocol `joint`, in which draws, originals and unlearning vary
+together and the draws are ours.
 No recipe augments images: the released code does for ImageNet-100 alone, which these do not reproduce.
 """
 
@@ -52,13 +53,27 @@ def published(
         training=TrainingSpec(learning_rate=rate, epochs=epochs, batch_size=128, schedule="epoch"),
         forget_sets=(forget_set,),
         protocol="del",
-        methods={
-            **others,
-            "retrain_short": short,
-            "salun": _relabelled(("gradient", "param"), (0.3,)),
-            **{name: located[name] for name in ("del", "random_within_tensor")},
-        },
+        methods=_masked_as_released(
+            {
+                **others,
+                "retrain_short": short,
+                "salun": _relabelled(("gradient", "param"), (0.3,)),
+                **{name: located[name] for name in ("del", "random_within_tensor")},
+            }
+        ),
     )
+
+
+def _masked_as_released(arms: dict[str, Arm], released: bool = True) -> dict[str, Arm]:
+    """Arms whose gradient strategies leave out the last batch of a shuffle, as released, or do not."""
+
+    def told(strategy: Strategy | None) -> Strategy | None:
+        if strategy is None or "as_released" not in strategy.entry.options:
+            return strategy
+        return Strategy(name=strategy.name, options={**strategy.options, "as_released": released})
+
+    changes = {name: {"strategy": told(arm.strategy), "base": told(arm.base)} for name, arm in arms.items()}
+    return {name: arm.model_copy(update=changes[name]) for name, arm in arms.items()}
 
 
 def _relabelled(strategy: tuple[str, Any], budget: tuple[float, ...]) -> Arm:
@@ -76,7 +91,9 @@ def joint(study: Study) -> Study:
     """The same setting in protocol `joint`: three draws of our own, each with an original and references of its own."""
     rules = tuple(ForgetSet(name=r.name, options={**r.options, "as_released": False}) for r in study.forget_sets)
     training = study.training.model_copy(update={"schedule": "step"})
-    return replaced(study, recipe=f"{study.recipe}_joint", protocol="joint", forget_sets=rules, training=training)
+    methods = _masked_as_released(dict(study.methods), released=False)
+    changes = {"forget_sets": rules, "training": training, "methods": methods}
+    return replaced(study, recipe=f"{study.recipe}_joint", protocol="joint", **changes)
 
 
 def _tuned(neg_grad: float, influence: float, selection: float, damping: float = 1.0) -> dict[str, Options]:
@@ -167,7 +184,7 @@ def _ablation(recipe: str, names: tuple[str, ...], budget: tuple[float, ...] = B
     located = localizations(budget=budget, options=DEL_OPTIONS)
     study = cifar10_resnet18_classes()
     chosen = {name: located[name] for name in dict.fromkeys((*names, "random_within_tensor"))}
-    return replaced(study, recipe=recipe, methods={**_controls(study), **chosen})
+    return replaced(study, recipe=recipe, methods={**_controls(study), **_masked_as_released(chosen)})
 
 
 def _controls(study: Study) -> dict[str, Arm]:
@@ -217,4 +234,4 @@ def ablation_pairings() -> Study:
             arm = located[place].model_copy(update={"method": method, "options": options})
             pairs[place if name == "reset" else f"{place}+{name}"] = arm
     study = cifar10_resnet18_classes()
-    return replaced(study, recipe="ablation_pairings", methods=_controls(study) | pairs)
+    return replaced(study, recipe="ablation_pairings", methods=_controls(study) | _masked_as_released(pairs))

@@ -77,16 +77,18 @@ def damped_inverse(v: Tensor, gradients: Iterator[Tensor], num_samples: int, dam
     return inverse
 
 
-@METHODS
+@METHODS(version=2)
 def ssd(
     model: nn.Module,
     mask: Mask | None,
     forget: Examples,
     retain: Examples,
+    generator: torch.Generator,
     *,
     selection: Positive = 16.0,
     damping: Positive = 1.0,
     batch_size: Count = 128,
+    order: Literal["shuffled", "retain_first"] = "shuffled",
 ) -> nn.Module:
     """Selective synaptic dampening: shrink weights that matter more to the forget set than to all (Foster et al. 2024).
 
@@ -94,10 +96,16 @@ def ssd(
     and over the whole training set. Where forget importance > selection x importance, the weight is multiplied by
     min(1, damping x importance / forget importance). Defaults: DEL's for CIFAR-10 Non-IID (IID: selection 1; SVHN:
     damping 3, selection 5; ImageNet: selection 2); for the batch size no source is at hand.
+
+    `order` of the whole training set: in a shuffle, every batch is a sample of it; `retain_first`, the code released
+    with SSD, has batches of forget examples alone, so that importance / forget importance never falls below their
+    share of the batches, and no weight is selected once selection exceeds its inverse (10 for a forget set of 10 %).
     """
     result = clone(model)
     part = trainable_part(model, mask)
     everything = Examples(torch.cat([retain.images, forget.images]), torch.cat([retain.labels, forget.labels]))
+    if order == "shuffled":
+        everything = everything.take(torch.randperm(len(everything), generator=generator))
     with evaluating(result):
         of_forget, of_all = (_importance(result, examples, batch_size) for examples in (forget, everything))
     with torch.no_grad():

@@ -16,7 +16,7 @@ from rich.console import Console
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from analysis import figures, load, report, tables
+from analysis import figures, load, paper, report, tables
 from orchestrator.results import SCHEMA_VERSION, TABLES
 
 SWEEP, OTHER = "a" * 32, "b" * 32
@@ -103,7 +103,7 @@ def test_runs_with_other_options_are_never_averaged(tmp_path: Path) -> None:
     assert "neg_grad_plus (alpha=9)" in report.write(tmp_path, tmp_path / "out.html").read_text()
 
 
-def test_each_draw_has_its_own_references_and_all_draws_are_paired(tmp_path: Path) -> None:
+def test_each_draw_has_its_own_references_and_lines_are_over_the_draws(tmp_path: Path) -> None:
     runs = [
         line(f"{arm}{draw}{seed}", arm, 0.5, tug, seed=seed, original_seed=seed, forget_draw=draw, budget=0.3)
         for arm, by_draw in (("del", ((0.9, 0.8), (0.7, 0.75))), ("random_within_tensor", ((0.6, 0.7), (0.7, 0.6))))
@@ -112,14 +112,23 @@ def test_each_draw_has_its_own_references_and_all_draws_are_paired(tmp_path: Pat
     ]
     read = load.load(export(tmp_path, [*references(0.5, 0.6), *references(0.9, 0.7, draw=1), *runs]))
     frame = tables.comparison_table(read, SWEEP)
-    found = {(item["arm"], item["forget_draw"]): item["forget_difference"] for item in frame.to_dicts()}
-    assert found["del", 0] == pytest.approx(5)
-    assert found["del", 1] == pytest.approx(30)
+    found = {item["arm"]: item for item in frame.to_dicts()}["del"]
+    assert (found["draws"], found["num_runs"], found["num_references"]) == ("0, 1", 4, 2)
+    expected_interval = stats.ttest_1samp([5.0, 30.0], 0).confidence_interval()  # one difference a draw
+    assert found["forget_difference"] == pytest.approx(17.5)
+    assert (found["forget_low"], found["forget_high"]) == pytest.approx(tuple(expected_interval))
+    pooled = np.sqrt(np.mean([np.var([50, 60], ddof=1), np.var([90, 70], ddof=1)]) * (1 + 1 / 2))
+    assert found["reference_band"] == pytest.approx(stats.t.ppf(0.975, 2) * pooled)
+    assert found["tug_of_war"] == pytest.approx(np.mean([0.9, 0.8, 0.7, 0.75]))
     (compared,) = tables.paired_table(read, SWEEP).to_dicts()
     expected = stats.ttest_rel([0.9, 0.8, 0.7, 0.75], [0.6, 0.7, 0.7, 0.6])
     assert compared["num_pairs"] == 4
     assert compared["p"] == pytest.approx(expected.pvalue)
-    assert len(tables.render(frame)) == 2
+    assert len(tables.render(frame)) == 1
+    assert "over the forget draws 0, 1" in report.write(tmp_path, tmp_path / "out.html").read_text()
+    shaped = {item["arm"]: item for item in paper.paper_table(read, SWEEP).to_dicts()}["del"]
+    assert shaped["forget_p"] == pytest.approx(stats.ttest_1samp([5.0, 30.0], 0).pvalue)
+    assert shaped["forget_spread"] == pytest.approx(np.std([5, 30], ddof=1))
 
 
 def test_pairs_without_spread_have_a_point_and_no_p(tmp_path: Path) -> None:

@@ -45,12 +45,12 @@ def test_our_numbers_are_held_against_the_published_ones_of_the_same_recipe_alon
 
 def test_the_measure_of_a_line_is_reference_minus_run_with_the_spread_of_the_runs() -> None:
     ours, theirs = np.array([80.0, 82.0, 84.0]), np.array([90.0, 91.0, 92.0, 93.0, 94.0])
-    found = paper._measured("forget", ours, theirs)
+    found = paper._measured("forget", [(theirs, ours)])
     assert found["forget"] == 10
     assert found["forget_spread"] == 2
     assert found["forget_p"] == pytest.approx(stats.ttest_ind(theirs, ours, equal_var=False).pvalue)
-    assert paper._measured("mia", ours[:1], theirs) == {"mia": 12.0}
-    assert paper._measured("forget", ours, theirs[:0]) == {}
+    assert paper._measured("mia", [(theirs, ours[:1])]) == {"mia": 12.0}
+    assert paper._measured("forget", []) == {}
     assert paper._welch(np.array([1.0, 1.0]), np.array([2.0, 2.0])) is None
 
 
