@@ -26,7 +26,9 @@ def run(first: str, second: str, storage: str) -> None:
 
 def _find(store: Store, prefix: str) -> results.Row:
     matching = [name for name in results.row_keys(store) if name.startswith(prefix)]
-    if len(matching) != 1:
+    if not matching:
+        raise InputError(f"no stored run has a key that begins with {prefix!r}; `runs` of the export lists all keys")
+    if len(matching) > 1:
         raise InputError(f"run {prefix!r} matches {len(matching)} of the stored runs; give more of the key")
     return results.get_row(store, matching[0])
 

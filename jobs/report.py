@@ -33,12 +33,19 @@ def run(storage: str, sweep: str | None, out: Path, table: str = "comparison") -
         raise InputError(
             f"the report cannot be written to {str(out)!r}: {error.strerror}; give --out another file"
         ) from None
+    if chosen is None:
+        console.print(f"{store.root} holds no sweep yet: the report has scores alone, if any")
     console.print(f"report: {out}", highlight=False)
 
 
 def newest(store: Store, prefix: str | None) -> str | None:
-    """The key of the newest sweep, or of the one that starts with the prefix; None where the store has no sweep."""
-    sweeps = sorted(results.get_sweeps(store), key=lambda sweep: sweep.provenance["created_at"])
+    """The key of the sweep asked for last, or of the one that starts with the prefix; None in a store without any."""
+
+    def asked(sweep: results.Sweep) -> float:
+        when: float = sweep.provenance.get("continued_at", sweep.provenance["created_at"])
+        return when
+
+    sweeps = sorted(results.get_sweeps(store), key=asked)
     matching = [sweep.key for sweep in sweeps if sweep.key.startswith(prefix or "")]
     if prefix and len(matching) != 1:
         known = ", ".join(f"{sweep.key[:8]} ({sweep.recipe})" for sweep in sweeps)

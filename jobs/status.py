@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 
+from rich.markup import escape
 from rich.table import Table
 
 from jobs import work
@@ -34,7 +35,8 @@ def run(options: Options) -> None:
     console.print(f"{len(present)} runs, {seconds:.0f} s of training in them", highlight=False)
     for name, attempt in failed.items():
         kind = attempt.provenance.get("kind", "run")
-        console.print(f"[red]failed[/red] {kind} {name[:8]} ({len(attempts[name])} tries): {attempt.error}")
+        tries = f"{len(attempts[name])} {'try' if len(attempts[name]) == 1 else 'tries'}"
+        console.print(f"[red]failed[/red] {escape(f'{kind} {name[:8]} ({tries}): {attempt.error}')}", highlight=False)
 
 
 def _sweeps(store: Store, present: set[str], failed: set[str]) -> Table:

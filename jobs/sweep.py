@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jobs import work
 from jobs.progress import bars, console
@@ -45,7 +45,10 @@ def run(options: Options) -> None:
 
 def sweep(session: Session) -> Done:
     """Compute what is missing of the session's study; rows reach MLflow as they come, Parquet at the end."""
-    sweep = session.plan.sweep({"command": " ".join(sys.argv), "host": socket.gethostname(), "created_at": time.time()})
+    now = time.time()
+    sweep = session.plan.sweep({"command": " ".join(sys.argv), "host": socket.gethostname(), "created_at": now})
+    if (before := results.get_sweep(session.store, sweep.key)) is not None:
+        sweep = replace(sweep, provenance={**before.provenance, "continued_at": now})
     uri = tracking.tracking_uri(session.store, session.options.tracking_uri)
     if uri is None and session.options.tracking_uri is None:
         console.print("no MLflow: an S3 root without --tracking-uri tracks nothing (`unlearn track` can do it later)")
@@ -107,7 +110,7 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
             cost.outcomes.append(outcome)
             advance("runs", 1)
             if outcome.error:
-                console.print(f"[red]failed[/red] run {outcome.key[:8]}: {outcome.error}")
+                work.print_failure(outcome)
             else:
                 stored(outcome)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from jobs.progress import bars, console
 from jobs.session import Session
@@ -93,7 +94,7 @@ def deaths(session: Session, done: Callable[[Outcome], None]) -> Iterator[None]:
     except WorkerDeathError as death:
         for task, reason in death.lost:
             put_failure(session.store, task, reason)
-            done(Outcome(task.kind, key(task.spec), 0, 0.0, 0.0, 0.0, time.time(), reason))
+            done(Outcome(task.kind, key(task.spec), 0, 0.0, 0.0, 0.0, time.time(), reason, task.label))
 
 
 def _by_base(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
@@ -111,10 +112,16 @@ def _perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cos
             cost.outcomes.append(outcome)
             advance(NAMES[outcome.kind], _steps(outcome.kind))
             if outcome.error:
-                console.print(f"[red]failed[/red] {outcome.kind} {outcome.key[:8]}: {outcome.error}")
+                print_failure(outcome)
 
         with deaths(session, done):
             pool.map(Workspace.perform, tasks, done)
+
+
+def print_failure(outcome: Outcome) -> None:
+    """One line on a task that failed."""
+    said = f"{outcome.kind} {outcome.key[:8]} ({outcome.label}): {outcome.error}"
+    console.print(f"[red]failed[/red] {escape(said)}", highlight=False)
 
 
 def _steps(kind: str) -> int:
@@ -198,7 +205,7 @@ def conclude(cost: Cost) -> None:
     console.print(cost.line(), highlight=False)
     if cost.failures:
         console.print(
-            f"[red]{len(cost.failures)} failed[/red]; the first: {cost.failures[0].error}. "
-            "The same command tries them again; `unlearn status` shows all."
+            f"[red]{len(cost.failures)} failed[/red]; the first: {escape(str(cost.failures[0].error))}. "
+            "The same command tries them again; `unlearn status` shows all, attempts/ in the store holds tracebacks."
         )
         raise typer.Exit(1)

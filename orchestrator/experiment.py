@@ -26,7 +26,7 @@ from orchestrator.localization import Ranking, Scores, localize, rank
 from orchestrator.memorization import BLOCK_SIZE, block_membership
 from orchestrator.metrics import METRICS
 from orchestrator.models import Factory, factory, head_names
-from orchestrator.registry import Plugin, load_plugin
+from orchestrator.registry import InputError, Plugin, load_plugin
 from orchestrator.seeds import generator, numpy_generator
 from orchestrator.specs import (
     CampaignSpec,
@@ -39,7 +39,7 @@ from orchestrator.specs import (
     key,
 )
 from orchestrator.store import Store
-from orchestrator.training import Mask, fit, predict
+from orchestrator.training import Mask, clone, fit, predict
 
 T = TypeVar("T")
 
@@ -123,17 +123,37 @@ def split_examples(lab: Lab, forget: np.ndarray) -> Splits:
     return Splits(train, train.take(forget), train.take(retained))
 
 
+class ChangedExamplesError(RuntimeError):
+    """A function changed the examples that it was given: what others of this process hold is not to be used."""
+
+
+@contextmanager
+def unchanged(who: str, *given: Examples | None) -> Iterator[None]:
+    """Raise ChangedExamplesError where the examples are changed in place inside."""
+
+    def versions() -> list[int]:
+        return [part._version for examples in given if examples for part in (examples.images, examples.labels)]
+
+    before = versions()
+    yield
+    if versions() != before:
+        raise ChangedExamplesError(
+            f"{who} changed the examples that it was given, in place; it may change copies (`labels.clone()`)"
+        )
+
+
 def localize_run(spec: LocalizationSpec, original: nn.Module, splits: Splits, base: Scores | None) -> Scores:
-    """Score every parameter entry of an original by a strategy."""
-    return localize(
-        spec.strategy.name,
-        spec.strategy.options,
-        original,
-        splits,
-        generator=generator(spec.seed or 0, "localization"),
-        base=base,
-        granularity=spec.granularity,
-    )
+    """Score every parameter entry of an original by a strategy, which is given a copy of it."""
+    with unchanged(f"strategy {spec.strategy.name}", splits.train, splits.forget, splits.retain):
+        return localize(
+            spec.strategy.name,
+            spec.strategy.options,
+            clone(original),
+            splits,
+            generator=generator(spec.seed or 0, "localization"),
+            base=base,
+            granularity=spec.granularity,
+        )
 
 
 @dataclass(frozen=True)
@@ -151,7 +171,7 @@ class Finished:
 def run(
     lab: Lab, spec: RunSpec, forget: np.ndarray, splits: Splits, original: nn.Module | None, ranking: Ranking | None
 ) -> Finished:
-    """Unlearn (or retrain), predict on every split, and measure."""
+    """Unlearn (or retrain), predict on every split, and measure. The method is given a copy of the original."""
     mask = None
     if spec.mask is not None and ranking is not None and original is not None:
         mask = ranking.mask(
@@ -168,8 +188,8 @@ def run(
         steps.append(num_steps)
 
     training = spec.setting.training.build()
-    available = {
-        "model": original,
+    available: dict[str, Any] = {
+        "model": None if original is None else clone(original),
         "mask": mask,
         "forget": splits.forget,
         "retain": splits.retain,
@@ -182,8 +202,11 @@ def run(
         "num_classes": lab.dataset.num_classes,
     }
     start = time.perf_counter()
-    model = spec.method.entry(available, spec.method.options)
+    with unchanged(f"method {spec.method.name}", splits.forget, splits.retain, available["validation"]):
+        model = spec.method.entry(available, spec.method.options)
     seconds = time.perf_counter() - start
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"method {spec.method.name} returned {type(model).__name__}, not the unlearned model")
     measurements: dict[str, float] = {}
     if "report" in spec.method.entry.inputs:
         retraining = training.epochs * max(1, len(splits.retain) // training.batch_size)
@@ -271,6 +294,15 @@ class Task:
     block: int = 0
 
     @property
+    def label(self) -> str:
+        """What the task is, in a few words."""
+        if isinstance(self.spec, RunSpec):
+            return f"{self.spec.method.name} on {self.spec.forget.rule.name}, seed {self.spec.seed}"
+        if isinstance(self.spec, LocalizationSpec):
+            return f"{self.spec.strategy.name} on {self.spec.forget.rule.name}"
+        return f"block {self.block}" if self.kind == "block" else f"seed {self.spec.seed}"
+
+    @property
     def object_name(self) -> str:
         """The stored object that says the task is done."""
         name = key(self.spec)
@@ -294,6 +326,7 @@ class Outcome:
     cpu_seconds: float
     began: float  # seconds since 1970
     error: str | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -326,11 +359,18 @@ class Workspace:
         with single_thread():
             try:
                 models = work(task)
-            except Exception as failure:  # one failed task is a result: the others go on
-                error = f"{type(failure).__name__}: {failure}".strip()
+            except (Exception, SystemExit) as failure:  # one failed task is a result: the others go on
+                error = str(failure) if isinstance(failure, InputError) else f"{type(failure).__name__}: {failure}"
+                if isinstance(failure, ChangedExamplesError):
+                    self._forget_all()
                 put_failure(self.store, task, error, traceback.format_exc())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Outcome(task.kind, key(task.spec), models, self._training_seconds, wall, cpu, began, error)
+        return Outcome(task.kind, key(task.spec), models, self._training_seconds, wall, cpu, began, error, task.label)
+
+    def _forget_all(self) -> None:
+        """Drop what was cut from the data set and loaded from the store; it is cut and loaded anew."""
+        self._kept.clear()
+        self.lab._kept.clear()
 
     def _kept_or(self, name: str, make: Callable[[], T]) -> T:
         if name not in self._kept:

@@ -20,12 +20,13 @@ from orchestrator.experiment import Task
 from orchestrator.localization import num_selected
 from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate, split_half_correlation
 from orchestrator.models import factory
-from orchestrator.registry import File, InputError
+from orchestrator.registry import File, Fits, InputError
 from orchestrator.results import Member, Sweep
 from orchestrator.seeds import generator
 from orchestrator.specs import CampaignSpec, ForgetSet, ScoresSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
+from orchestrator.unlearning import METHODS
 
 NUM_PICTURES = 25  # images of the most memorized examples kept with the scores, for the report
 
@@ -113,10 +114,13 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     plan = Plan(study, dataset.fingerprint, present)
     for rule in study.forget_sets:
         _check_forget_set(rule, dataset, store.get)
-    _check_budgets(study, dataset)
-    for task in (*plan.references(), *plan.runs()):
-        if task.object_name in present:
-            results.get_row(store, key(task.spec))
+    _check_model(study, dataset)
+    finished = [key(task.spec) for task in (*plan.references(), *plan.runs()) if task.object_name in present]
+    for name in finished:
+        results.get_row(store, name)
+    results.check_outputs(store, finished)
+    needed = [task.object_name for tasks in plan.waves().values() for task in tasks if task.kind != "run"]
+    results.check_arrays(store, [name for name in needed if name in present])
     return plan
 
 
@@ -155,10 +159,17 @@ def _check_forget_set(rule: ForgetSet, dataset: Dataset, files: Callable[[str], 
     rule.entry(available, rule.options)
 
 
-def _check_budgets(study: Study, dataset: Dataset) -> None:
-    """Make the model once: it must take images of this size, and every budget must select an entry of it."""
+def _check_model(study: Study, dataset: Dataset) -> None:
+    """Make the model once: it must take images of this size, and budgets and options must fit it."""
     make = factory(study.model.name, study.model.options, dataset.image_shape, dataset.num_classes)
-    entries = sum(parameter.numel() for parameter in make(generator(0, "check")).parameters())
+    model = make(generator(0, "check"))
+    for arm in study.methods.values():
+        options = METHODS[arm.method].options
+        for option in options.values():
+            for fits in option.marks(Fits):
+                for value in arm.options.get(option.name, (option.default,)):
+                    fits.check(model, value)
+    entries = sum(parameter.numel() for parameter in model.parameters())
     for budget in {budget for arm in study.methods.values() for budget in arm.budget if budget is not None}:
         num_selected(budget, entries)
 

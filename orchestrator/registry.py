@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 Value = bool | int | float | str | None | tuple[Any, ...]
+M = TypeVar("M")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -55,15 +56,24 @@ class Added:
 
 
 @dataclass(frozen=True)
+class Fits:
+    """Marks an option that must fit the model: `check(model, value)` raises InputError, before anything is trained."""
+
+    check: Callable[[Any, Any], object]
+
+
+@dataclass(frozen=True)
 class File:
     """Marks an option that names a user's file: its content enters keys, its path does not."""
 
 
 Count = Annotated[int, Bounds(at_least=1)]
+Natural = Annotated[int, Bounds(at_least=0)]
 Positive = Annotated[float, Bounds(above=0)]
 NonNegative = Annotated[float, Bounds(at_least=0)]
 Share = Annotated[float, Bounds(at_least=0, at_most=1)]
 ShareBelowOne = Annotated[float, Bounds(at_least=0, below=1)]
+PositiveShare = Annotated[float, Bounds(above=0, at_most=1)]
 ProperShare = Annotated[float, Bounds(above=0, below=1)]
 
 
@@ -183,9 +193,12 @@ class Option:
     def is_required(self) -> bool:
         return self.default is _REQUIRED
 
+    def marks(self, kind: type[M]) -> list[M]:
+        """The annotation's marks of a kind (Added, File, Fits)."""
+        return [mark for mark in getattr(self.annotation, "__metadata__", ()) if isinstance(mark, kind)]
+
     def has_mark(self, kind: type) -> bool:
-        """Whether the annotation carries a mark of this kind (Added, File)."""
-        return any(isinstance(mark, kind) for mark in getattr(self.annotation, "__metadata__", ()))
+        return bool(self.marks(kind))
 
 
 @dataclass(frozen=True)
@@ -302,6 +315,12 @@ class Plugin:
 
     module: str
     source: str | None  # None: an installed module, imported by name
+    path: str = ""  # of the file, as the user gave it
+
+    @property
+    def name(self) -> str:
+        """What the user calls it."""
+        return self.path or self.module
 
 
 _plugin_hashes: dict[str, str] = {}
@@ -316,9 +335,10 @@ def read_plugin(name: str) -> Plugin:
         return Plugin(name, None)
     try:
         module = "plugin_" + re.sub(r"\W", "_", Path(name).stem)
-        return Plugin(module, Path(name).read_text(encoding="utf-8"))
+        return Plugin(module, Path(name).read_text(encoding="utf-8"), name)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"plugin file {name!r} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"plugin file {name!r} cannot be read: {reason}; give the path of a Python file") from None
 
 
 def _find_spec(name: str) -> object | None:
@@ -334,7 +354,7 @@ def load_plugin(plugin: Plugin) -> None:
     """Run a plugin's module once in this process; its functions' versions carry the hash of its source."""
     digest = "+" + hashlib.sha256(_source(plugin)).hexdigest()[:12]
     if _plugin_hashes.setdefault(plugin.module, digest) != digest:
-        raise InputError(f"plugin {plugin.module} is already loaded from another source; rename one of the two")
+        raise InputError(f"plugin {plugin.name} is already loaded from another source; rename one of the two")
     if plugin.module in _plugin_failures:  # a part of it may be registered, so a second try would find it twice
         raise _plugin_failures[plugin.module]
     if plugin.module in sys.modules and plugin.source is not None:
@@ -345,9 +365,9 @@ def load_plugin(plugin: Plugin) -> None:
         else:
             module = types.ModuleType(plugin.module)
             sys.modules[plugin.module] = module
-            exec(compile(plugin.source, f"{plugin.module}.py", "exec"), module.__dict__)
-    except Exception as error:
-        _plugin_failures[plugin.module] = _failure(plugin.module, error)
+            exec(compile(plugin.source, plugin.name, "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        _plugin_failures[plugin.module] = _failure(plugin.name, error)
         raise _plugin_failures[plugin.module] from error
 
 
@@ -358,7 +378,7 @@ def _source(plugin: Plugin) -> bytes:
     return Path(spec.origin).read_bytes() if spec and spec.origin else plugin.module.encode()
 
 
-def _failure(name: str, error: Exception) -> InputError:
+def _failure(name: str, error: BaseException) -> InputError:
     reason = str(error).split("\n", 1)[0]
     return InputError(
         reason if isinstance(error, InputError) else f"plugin {name} fails to load: {type(error).__name__}: {reason}"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -202,7 +205,7 @@ def _open(store: Store, name: str) -> dict[str, Any]:
         pass
     raise InputError(
         f"{store.url(name)} is damaged: {len(content)} bytes that do not match their checksum; "
-        "remove it and run the same command again, which computes it anew and keeps everything else"
+        "remove it and run its sweep again, which computes it anew and keeps everything else"
     )
 
 
@@ -240,13 +243,19 @@ def put_sweep(store: Store, sweep: Sweep) -> None:
     store.put(f"sweeps/{sweep.key}.json", _seal(asdict(sweep)))
 
 
+def get_sweep(store: Store, key: str) -> Sweep | None:
+    """A stored sweep; None where there is none."""
+    try:
+        body = _open(store, f"sweeps/{key}.json")
+    except FileNotFoundError:
+        return None
+    members = tuple(Member(**member) for member in body.pop("members"))
+    return Sweep(**body, members=members)
+
+
 def get_sweeps(store: Store) -> list[Sweep]:
-    sweeps = []
-    for name in store.names("sweeps"):
-        body = _open(store, f"sweeps/{name}")
-        members = tuple(Member(**member) for member in body.pop("members"))
-        sweeps.append(Sweep(**body, members=members))
-    return sweeps
+    found = (get_sweep(store, name.removesuffix(".json")) for name in store.names("sweeps"))
+    return [sweep for sweep in found if sweep is not None]
 
 
 # ---- arrays --------------------------------------------------------------------------------------------------------
@@ -267,6 +276,32 @@ def unpack(store: Store, name: str) -> dict[str, np.ndarray]:
         raise InputError(
             f"{store.url(name)} is damaged ({error}); remove it and run the same command again, which computes it anew"
         ) from None
+
+
+def check_arrays(store: Store, names: Sequence[str]) -> None:
+    """Raise InputError for the first stored safetensors object that is cut or has no header; reads headers alone."""
+    for name in _not_whole(store, names):
+        raise InputError(
+            f"{store.url(name)} is damaged; remove it and run the same command again, which computes it anew"
+        )
+
+
+def _not_whole(store: Store, names: Sequence[str]) -> list[str]:
+    with ThreadPoolExecutor(16) as threads:
+        return [n for n, whole in zip(names, threads.map(partial(_is_whole, store), names), strict=True) if not whole]
+
+
+def _is_whole(store: Store, name: str) -> bool:
+    try:
+        size, start = store.size(name), store.start_of(name, 8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or size < 8 + length:
+            return False
+        header = json.loads(store.start_of(name, 8 + length)[8:])
+        end = max((part["data_offsets"][1] for part in header.values() if "data_offsets" in part), default=0)
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return bool(size == 8 + length + end)
 
 
 def metadata_of(store: Store, name: str) -> dict[str, str]:
@@ -293,16 +328,26 @@ def put_outputs(store: Store, key: str, outputs: Outputs) -> None:
     store.put(f"outputs/{key}.safetensors", pack(arrays))
 
 
+def check_outputs(store: Store, keys: Sequence[str]) -> None:
+    """Raise InputError for the first finished run whose outputs are lost or cut; reads headers alone."""
+    for name in _not_whole(store, [f"outputs/{run}.safetensors" for run in keys]):
+        raise _lost(store, PurePosixPath(name).stem)
+
+
+def _lost(store: Store, key: str) -> InputError:
+    return InputError(
+        f"{store.url(f'outputs/{key}.safetensors')} is missing or damaged; remove the run's "
+        f"{store.url(f'rows/{key}.json')} and run its sweep again, which computes this run anew"
+    )
+
+
 def get_outputs(store: Store, key: str) -> dict[str, SplitOutputs]:
     """The outputs of a finished run; raises InputError where they are lost or damaged."""
     name = f"outputs/{key}.safetensors"
     try:
         arrays = unpack(store, name)
     except (FileNotFoundError, InputError):
-        raise InputError(
-            f"{store.url(name)} is missing or damaged; remove the run's {store.url(f'rows/{key}.json')} "
-            "and run its sweep again, which computes this run anew"
-        ) from None
+        raise _lost(store, key) from None
     splits = {name.partition(".")[0] for name in arrays}
     return {
         split: SplitOutputs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Store:
         return "://" not in self.root
 
     def __post_init__(self) -> None:
-        if not self.root.strip() or (not self.is_local and not self.root.startswith("s3://")):
+        if not self.root.strip() or (not self.is_local and not re.match("s3://[^/]", self.root)):
             raise InputError(f"storage is {self.root!r}; allowed: a local folder or s3://bucket/prefix")
         if self.is_local:
             object.__setattr__(self, "root", str(Path(self.root).expanduser().absolute()))
@@ -67,6 +68,19 @@ class Store:
         with self.filesystem.open_input_stream(self.path(name)) as stream:
             content: bytes = stream.read()
         return content
+
+    def start_of(self, name: str, length: int) -> bytes:
+        """The first bytes of an object, fewer where it is shorter; FileNotFoundError where it is not there."""
+        with self.filesystem.open_input_file(self.path(name)) as file:
+            content: bytes = file.read(length)
+        return content
+
+    def size(self, name: str) -> int:
+        """The bytes of an object; FileNotFoundError where it is not there."""
+        size = self.filesystem.get_file_info(self.path(name)).size
+        if size is None:
+            raise FileNotFoundError(self.path(name))
+        return int(size)
 
     def exists(self, name: str) -> bool:
         is_file: bool = self.filesystem.get_file_info(self.path(name)).type == fs.FileType.File

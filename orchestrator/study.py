@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from orchestrator.localization import TopH, has_own_budget
 from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.models import is_transformer
 from orchestrator.registry import InputError, coerce, suggest
 from orchestrator.specs import (
     CampaignSpec,
@@ -110,8 +111,8 @@ class Arm(Spec):
         for values in product(*self.options.values()):
             yield Method(name=self.method, options=dict(zip(self.options, values, strict=True)))
 
-    def masks(self) -> Iterator[MaskSpec | None]:
-        """Every budget, or None where the arm has no strategy."""
+    def masks(self, model: Model) -> Iterator[MaskSpec | None]:
+        """Every budget, or None where the arm has no strategy. The released `h` of a transformer is `all`."""
         self.check_whole()
         if self.strategy is None:
             yield None
@@ -123,7 +124,7 @@ class Arm(Spec):
                 granularity=self.granularity,
                 budget=budget,
                 train_head=self.train_head,
-                h=self.h,
+                h="all" if self.h == "released" and is_transformer(model.entry) else self.h,
                 freeze_statistics=self.freeze_statistics,
             )
 
@@ -236,7 +237,7 @@ class Study(Spec):
             for rule in self.forget_sets
             for name, arm in self.methods.items()
             for method in arm.methods()
-            for mask in arm.masks()
+            for mask in arm.masks(self.model)
             for seed in self.seeds
         ]
 

@@ -148,6 +148,9 @@ def flat_metrics(row: Row) -> dict[str, float]:
     return numbers | {f"param/{name}": value for name, value in axes.items() if value is not None}
 
 
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+
+
 def connect(uri: str, store: Store, sweep: Sweep) -> Tracker:
     """A tracker for a sweep; raises InputError at once where MLflow does not answer at the URI."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
@@ -174,6 +177,9 @@ def connect(uri: str, store: Store, sweep: Sweep) -> Tracker:
         raise
     except Exception as error:  # mlflow raises whatever its store raises (sqlalchemy, requests, its own)
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0][:200]
+        scheme = uri.partition(":")[0]
+        if "://" in uri and scheme.partition("+")[0] not in _SCHEMES:
+            raise InputError(f"--tracking-uri is {uri!r}; allowed: {', '.join(_SCHEMES)} addresses, or none") from None
         raise InputError(
             f"MLflow does not answer at {uri!r}: {reason}; start `mlflow server` there, or use --tracking-uri none "
             "and `unlearn track` later"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.data import Examples
+
+Schedule = Literal["step", "epoch"]
+"""When the rate changes: each step, or between epochs alone, as released with DEL."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Training:
     warmup: float = 0.0
     final: float = 0.01
     precision: str = "fp32"
-    schedule: str = "step"
+    schedule: Schedule = "step"
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,23 @@ def test_damaged_outputs_are_named_and_the_last_export_stays_whole(finished: Pat
     assert refused.returncode == 2, refused.stderr
     assert f"rows/{victim.stem}.json" in refused.stderr
     assert contents(store, "exports", ".parquet") == exports
+    fewer = rows(store)
+    for name in set(fewer) - {victim.stem}:  # work is left to do: nothing is trained before the damage is named
+        (store / "rows" / f"{name}.json").unlink()
+        break
+    before = len(rows(store))
+    refused = run("sweep", "digits", *OPTIONS, "--storage", str(store), "--tracking-uri", "none")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"rows/{victim.stem}.json" in refused.stderr
+    assert len(rows(store)) == before
+    model = next((store / "models").glob("*.safetensors"))
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-9])
     (store / "rows" / f"{victim.stem}.json").unlink()  # as the message says
+    refused = run("sweep", "digits", *OPTIONS, "--storage", str(store), "--tracking-uri", "none")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"models/{model.name} is damaged" in refused.stderr
+    model.write_bytes(whole)
     mended = run("sweep", "digits", *OPTIONS, "--storage", str(store), "--tracking-uri", "none")
     assert mended.returncode == 0, mended.stderr
     assert rows(store) == rows(finished)
@@ -260,6 +276,7 @@ BAD = {
     "forget set": ["references", "digits", "--set", "data.label_noise=0"],
     "plugin": ["sweep", "digits", "--plugin", "/nowhere.py"],
     "storage": ["memorize", "digits", "--storage", "/dev/null/store"],
+    "too deep": ["sweep", "digits", "--set", "methods=eu_k", "--set", "k=2,99"],
     "no storage": ["memorize", "digits", "--storage", ""],
     "nothing to read": ["export", "--storage", ""],
     "nobody listens": ["memorize", "digits", "--address", "127.0.0.1:9"],

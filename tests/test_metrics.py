@@ -278,6 +278,16 @@ def test_the_published_attacks_are_those_of_scikit_learn(name: str, seed: int) -
     assert value_of(name, outputs) == pytest.approx({"forget": np.mean(called == 0)})
 
 
+def test_the_published_attacks_draw_their_members_from_the_whole_retain_set() -> None:
+    """The first thirty retain examples are unlike the rest: members must not be the first ones alone."""
+    outputs = {
+        "forget": confident([0.75] * 5),
+        "retain": confident([0.1] * 30 + [0.9] * 570),
+        "test": confident([0.5] * 30),
+    }
+    assert value_of("published_svc_confidence", outputs) == {"forget": 0.0}
+
+
 def test_the_published_attacks_by_hand() -> None:
     """Members are right and sure, others wrong and unsure: three of four forget examples look like others."""
     outputs = {

@@ -89,7 +89,7 @@ def test_a_row_cut_short_anywhere_is_refused_and_named(store: Store, tmp_path: P
         with pytest.raises(InputError, match=rf"{ROW.key}\.json is damaged: {length} bytes") as caught:
             get_row(store, ROW.key)
         assert str(file) in str(caught.value)
-        assert "run the same command again" in str(caught.value)
+        assert "run its sweep again" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 

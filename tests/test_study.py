@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
-from orchestrator.specs import ForgetSet, Strategy, key
+from orchestrator.specs import ForgetSet, Model, Strategy, key
 from orchestrator.study import Arm, Campaign, Study, override
 from tests import golden
 
@@ -329,10 +329,29 @@ def test_an_arm_multiplies_its_options_and_budgets() -> None:
         (0.1, 5, 0.9),
         (0.2, 5, 0.9),
     ]
-    masks = list(arm.masks())
+    masks = list(arm.masks(Model(name="small_cnn")))
     assert [mask.budget for mask in masks if mask] == [0.1, 0.5]
     assert {mask.granularity for mask in masks if mask} == {"param"}
-    assert list(Arm(method="finetune").masks()) == [None]
+    assert list(Arm(method="finetune").masks(Model(name="small_cnn"))) == [None]
+
+
+@pytest.mark.parametrize(("model", "meant"), [("resnet18", "released"), ("vit_small_data", "all"), ("vit", "all")])
+def test_the_released_h_of_a_transformer_is_the_plain_mean(model: str, meant: str) -> None:
+    study = override(RECIPES["ablation_criteria"].function(), ["data=svhn", f"model={model}"])
+    assert {run.mask.h for _, run in study.runs(DATA) if run.mask is not None} == {meant}
+    given = override(study, ["methods.del.h=5"])
+    assert {run.mask.h for arm, run in given.runs(DATA) if arm == "del" and run.mask is not None} == {5}
+
+
+@pytest.mark.parametrize(("recipe", "as_released"), [("svhn_vit_iid", True), ("svhn_vit_iid_joint", False)])
+def test_protocol_del_deviates_as_the_released_code_does_and_joint_does_not(recipe: str, as_released: bool) -> None:
+    study = RECIPES[recipe].function()
+    masks = [run.mask for _, run in study.runs(DATA) if run.mask is not None]
+    found = {part.options["as_released"] for mask in masks for part in (mask.base or mask.strategy,)}
+    assert found == {as_released}
+    schedules = {run.method.options["schedule"] for _, run in study.runs(DATA) if "schedule" in run.method.options}
+    assert schedules == {study.training.schedule} == {"epoch" if as_released else "step"}
+    assert {rule.options["as_released"] for rule in study.forget_sets} == {as_released}
 
 
 @pytest.mark.parametrize(

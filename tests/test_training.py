@@ -349,15 +349,17 @@ def test_the_schedule_by_epochs_is_torchs_cosine_as_the_code_of_del_uses_it(epoc
 
 
 def test_within_an_epoch_the_rate_stays_where_the_schedule_says_so(model: nn.Module, splits: Splits) -> None:
-    """Without momentum and decay, one epoch in two steps at a constant rate, by hand."""
-    training = Training(0.1, epochs=1, batch_size=14, momentum=0.0, final=0.0, schedule="epoch")
+    """Without momentum and decay, epochs of two steps each at the rate that torch's own cosine has for it."""
+    training = Training(0.1, epochs=3, batch_size=14, momentum=0.0, final=0.0, schedule="epoch")
     found = fit(clone(model), splits.retain, training=training, generator=generator(0))
-    net = clone(model).train()
-    for images, labels in batches(splits.retain, 14, generator(0)):
-        net.zero_grad()
-        functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            for p in net.parameters():
-                p -= 0.1 * p.grad
+    net, stream = clone(model).train(), generator(0)
+    plain = torch.optim.SGD(net.parameters(), lr=0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(plain, 3)
+    for _ in range(3):
+        for images, labels in batches(splits.retain, 14, stream):
+            plain.zero_grad()
+            functional.cross_entropy(net(images), labels).backward()  # type: ignore[no-untyped-call]
+            plain.step()
+        cosine.step()
     for name, value in net.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), value, rtol=1e-5, atol=1e-7)

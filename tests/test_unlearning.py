@@ -1,7 +1,7 @@
 """The promises of every unlearning method, over the registry: a new entry is held to them without another line."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from orchestrator.localization import GRANULARITIES, localize, select
 from orchestrator.models import Factory, head_names
 from orchestrator.registry import InputError
 from orchestrator.seeds import generator
-from orchestrator.training import Mask, Training, clone, fit
+from orchestrator.training import Mask, Training, batches, clone, endless_batches, fit
 from orchestrator.unlearning import METHODS
 from orchestrator.unlearning.distillation import divergence
 
@@ -283,6 +283,85 @@ def assert_is_at(model: nn.Module, expected: Mapping[str, Tensor]) -> None:
         torch.testing.assert_close(model.get_parameter(name).double(), value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def by_hand(
+    start: nn.Module,
+    batched: Callable[[], Iterable[tuple[Tensor, Tensor]]],
+    rates: Sequence[float],
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Plain steps at given rates, in double precision: one epoch of batches after another until the rates end."""
+    net, left = clone(start).double().train(), list(rates)
+    while left:
+        for images, labels in batched():
+            gradients = torch.autograd.grad(loss(net, images.double(), labels), list(net.parameters()))
+            rate = left.pop(0)
+            with torch.no_grad():
+                for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+                    parameter -= rate * gradient
+    return {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+
+def plain_loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(net(images), labels)
+
+
+def cosine(steps: int, final: float) -> list[float]:
+    """From .1 at the first to `final` x .1 at the last."""
+    return [0.1 * (final + (1 - final) * (1 + math.cos(math.pi * i / (steps - 1))) / 2) for i in range(steps)]
+
+
+def by_epoch(epochs: int, steps: int, final: float) -> list[float]:
+    """torch's own cosine, stepped after each epoch, as the released code does."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0.1 * final)
+    rates = []
+    for _ in range(epochs):
+        rates += [float(optimizer.param_groups[0]["lr"])] * steps
+        optimizer.step()
+        falling.step()
+    return rates
+
+
+TWO_EPOCHS = {"lr": 0.1, "epochs": 2, "batch_size": 8, "momentum": 0.0, "weight_decay": 0.0}  # of three steps each
+
+
+@pytest.mark.parametrize("schedule", ["step", "epoch"])
+@pytest.mark.parametrize("name", ["finetune", "reset_and_finetune", "l1_sparse", "retrain_short"])
+def test_rates_fall_to_their_floor_as_the_schedule_says(name: str, schedule: str, available: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"l1_sparse": {"gamma": 0.0}, "retrain_short": {"warmup": 0.0}}.get(name, {})
+    found = call(name, seeded(available, 3), **TWO_EPOCHS, final=0.2, schedule=schedule, **given)
+    stream = generator(3, "unlearning")
+    start = available["fresh"](stream) if name.startswith("re") else available["model"]
+    rates = cosine(6, 0.2) if schedule == "step" else by_epoch(2, 3, 0.2)
+    assert_is_at(found, by_hand(start, lambda: batches(available["retain"], 8, stream), rates, plain_loss))
+
+
+def test_a_short_retraining_warms_up(available: dict[str, Any]) -> None:
+    found = call("retrain_short", seeded(available, 3), **TWO_EPOCHS, warmup=0.3, final=0.5)
+    stream = generator(3, "unlearning")
+    start = available["fresh"](stream)
+    rates = [0.05, 0.1, *cosine(4, 0.5)]  # round(.3 x 6) steps up
+    assert_is_at(found, by_hand(start, lambda: batches(available["retain"], 8, stream), rates, plain_loss))
+
+
+@pytest.mark.parametrize("name", ["gradient_ascent", "neg_grad_plus"])
+def test_ascent_keeps_its_rate(name: str, available: dict[str, Any]) -> None:
+    """Two epochs of three steps at the same rate; a forget batch is drawn at each step, after the retain batch."""
+    given = {"alpha": 0.7} if name == "neg_grad_plus" else {}
+    found = call(name, seeded(available, 3), **{**TWO_EPOCHS, "lr": 0.01}, **given)
+    stream = generator(3, "unlearning")
+    forgotten = endless_batches(available["forget"], 8, stream)
+
+    def loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        retained = plain_loss(net, images, labels)
+        inputs, given_labels = next(forgotten)
+        forget = plain_loss(net, inputs.double(), given_labels)
+        return 0.7 * retained - 0.3 * forget if name == "neg_grad_plus" else -forget + 0 * retained
+
+    expected = by_hand(available["model"], lambda: batches(available["retain"], 8, stream), [0.01] * 6, loss)
+    assert_is_at(found, expected)
+
+
 def test_finetuning_descends_the_retain_loss(available: dict[str, Any], splits: Splits) -> None:
     retain = splits.retain
     expected = descended(available["model"], lambda net: mean_loss(net, retain.images, retain.labels))
@@ -431,6 +510,28 @@ def test_scrub_leaves_its_teacher_alone_and_drives_the_student_from_it(available
     assert same(model, before.train(model.training))
 
 
+@pytest.mark.parametrize("max_epochs", [0, 1, 2])
+def test_scrub_climbs_in_its_first_epochs_alone(max_epochs: int, available: dict[str, Any]) -> None:
+    """Three retain steps an epoch, and three forget steps before them while it climbs."""
+    taken: list[int] = []
+    told = seeded(available, 0) | {"report": lambda epoch, steps, loss: taken.append(steps)}
+    call("scrub", told, epochs=2, batch_size=8, forget_batch_size=4, max_epochs=max_epochs)
+    assert taken == [6 if epoch < max_epochs else 3 for epoch in range(2)]
+
+
+def test_scrub_without_teacher_is_training_at_a_constant_rate(available: dict[str, Any]) -> None:
+    options = {**TWO_EPOCHS, "forget_batch_size": 4, "max_epochs": 0, "alpha": 0.0, "gamma": 0.5}
+    found = call("scrub", seeded(available, 3), **options)
+    stream = generator(3, "unlearning")
+    expected = by_hand(
+        available["model"],
+        lambda: batches(available["retain"], 8, stream),
+        [0.1] * 6,
+        lambda net, images, labels: 0.5 * plain_loss(net, images, labels),
+    )
+    assert_is_at(found, expected)
+
+
 def test_the_divergence_is_that_of_its_definition() -> None:
     student, teacher = torch.randn(4, 3, generator=generator(0)), torch.randn(4, 3, generator=generator(1))
     expected = 0.0
@@ -494,6 +595,23 @@ def test_gradient_ascent_raises_the_forget_loss_in_as_many_steps(steps: str, ava
             return float(functional.cross_entropy(clone(net).train()(images.permute(0, 3, 1, 2).float() / 255), labels))
 
     assert loss(found) > loss(available["model"])
+
+
+@pytest.mark.parametrize(
+    ("statistics", "name"), [("both", "gradient_ascent"), ("forget", "gradient_ascent"), ("", "neg_grad_plus")]
+)
+def test_batch_norm_sees_the_retain_batch_first_as_released(
+    statistics: str, name: str, available: dict[str, Any], splits: Splits
+) -> None:
+    """With a rate of zero the buffers alone move: replay the batches through a copy."""
+    given = {"statistics": statistics} if statistics else {}
+    found = call(name, available, lr=0.0, epochs=1, batch_size=len(splits.retain), **given)
+    expected = clone(available["model"]).train()
+    with torch.no_grad():
+        for part in (splits.retain, splits.forget)[statistics == "forget" :]:
+            expected(part.images.permute(0, 3, 1, 2).float() / 255)
+    for buffer, value in expected.named_buffers():
+        torch.testing.assert_close(found.get_buffer(buffer), value, rtol=1e-4, atol=1e-6)
 
 
 # ---- methods that choose their own parameters ----------------------------------------------------------------------

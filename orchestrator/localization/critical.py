@@ -13,15 +13,15 @@ from orchestrator.data import Examples, Splits
 from orchestrator.localization.base import STRATEGIES, OwnScores
 from orchestrator.localization.gradients import weighted_gradient
 from orchestrator.registry import Count, NonNegative
+from orchestrator.seeds import generator
 from orchestrator.training import as_input, clone, evaluating
 
 
-@STRATEGIES
+@STRATEGIES(version=2)
 def critmem(
     model: nn.Module,
     splits: Splits,
     granularity: Literal["channel"],
-    generator: torch.Generator,
     *,
     batch_size: Count = 512,
     noise: NonNegative = 0.01,
@@ -37,18 +37,20 @@ def critmem(
     the input's norm. An example that is wrong already has no critical channel. Score: the number of examples whose
     set holds the channel, plus below one half its weight x gradient magnitude; its own budget is all channels that
     any example needs. How DEL's authors united the sets was not published; the union is ours. `num_examples` searches
-    only the first so many, as Maini et al. did with 1,000.
+    only the first so many, as Maini et al. did with 1,000. Noise and companions are one seeded draw, so that one search
+    serves all unlearning seeds.
     """
+    stream = generator(0, "critical channels")
     counts = {name: torch.zeros(_units(p), device=p.device) for name, p in model.named_parameters()}
     probe = clone(model)
     with evaluating(probe):
         for index in range(min(len(splits.forget), num_examples or len(splits.forget))):
-            others = torch.randint(len(splits.train), (batch_size - 1,), generator=generator)
+            others = torch.randint(len(splits.train), (batch_size - 1,), generator=stream)
             batch = Examples(
                 torch.cat([splits.forget.images[index : index + 1], splits.train.take(others).images]),
                 torch.cat([splits.forget.labels[index : index + 1], splits.train.take(others).labels]),
             )
-            for name, unit in _critical(probe, batch, noise, draws, max_channels, generator):
+            for name, unit in _critical(probe, batch, noise, draws, max_channels, stream):
                 counts[name][unit] += 1
             _restore(probe, model)
     ties = {
@@ -71,17 +73,19 @@ def _spread(units: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _critical(
-    model: nn.Module, batch: Examples, noise: float, draws: int, max_channels: int, generator: torch.Generator
+    model: nn.Module, batch: Examples, noise: float, draws: int, max_channels: int, stream: torch.Generator
 ) -> list[tuple[str, int]]:
     """Zero channels of the model in place until the first example of the batch is predicted wrong; return them."""
     found: list[tuple[str, int]] = []
     images = as_input(batch.images)
     while len(found) < max_channels and _is_right(model, images, batch.labels):
-        scores = _signed(model, _noisy(images, noise, draws, generator), batch.labels, draws)
+        scores = _signed(model, _noisy(images, noise, draws, stream), batch.labels, draws)
         for name, unit in found:  # zero already: its score says nothing
             scores[name][unit] = -torch.inf
         best = max(scores, key=lambda name: float(scores[name].max()))
         unit = int(scores[best].argmax())
+        if scores[best][unit] == -torch.inf:
+            break  # nothing is left to zero
         with torch.no_grad():
             parameter = model.get_parameter(best)
             (parameter[unit] if parameter.ndim else parameter).zero_()
@@ -94,11 +98,11 @@ def _is_right(model: nn.Module, images: Tensor, labels: Tensor) -> bool:
     return bool(model(images[:1]).argmax(1) == labels[0])
 
 
-def _noisy(images: Tensor, noise: float, draws: int, generator: torch.Generator) -> Tensor:
+def _noisy(images: Tensor, noise: float, draws: int, stream: torch.Generator) -> Tensor:
     repeated = images.repeat(draws, 1, 1, 1)
     if not noise:
         return repeated
-    drawn = torch.randn(repeated.shape, generator=generator).to(images.device)
+    drawn = torch.randn(repeated.shape, generator=stream).to(images.device)
     norms = [part.flatten(1).norm(dim=1) for part in (repeated, drawn)]
     scaled: Tensor = drawn * (noise * norms[0] / norms[1]).view(-1, 1, 1, 1)
     return repeated + scaled

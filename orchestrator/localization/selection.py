@@ -18,7 +18,8 @@ GRANULARITIES = ("param", "channel")
 
 TopH = Literal["released", "all"] | Count | ProperShare
 """How many of a channel's highest scores its own score is the mean of: min(max(1, int(0.1 x channels)), fan-in) as
-released with DEL, all (the plain mean, as released for transformers), a number, or a share of the fan-in."""
+released with DEL, all (the plain mean; a study's `released` is this for transformers, as there), a number, or a share
+of the fan-in."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Ranking:
         `train_head` adds the parameters named in `head` to the trainable part whole, as released with DEL. Raises
         InputError for a budget outside (0, 1] or one that selects nothing.
         """
+        if budget is None and not self.num_own:
+            raise InputError("the strategy's own budget selects nothing: no forget example has a critical entry")
         count = self.num_own if budget is None else num_selected(budget, self.num_entries)
         reset = {name: part < count for name, part in self.ranks.items()}
         trainable = {

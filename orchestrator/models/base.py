@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from orchestrator.registry import InputError, Registry, Value
+from orchestrator.registry import Entry, InputError, Registry, Value
 
 Factory = Callable[[torch.Generator], nn.Module]
 """Makes a newly initialized model of one architecture (what methods call `fresh`)."""
 
+
+@dataclass(frozen=True)
+class RowMeans:
+    """Marks models whose channel scores are plain means, as DEL's authors have it for transformers."""
+
+
+Transformer = Annotated[nn.Module, RowMeans()]
+"""What a function returns that makes a transformer."""
+
 MODELS: Registry[Callable[..., nn.Module]] = Registry("model", frozenset({"image_shape", "num_classes"}))
+
+
+def is_transformer(entry: Entry[Any]) -> bool:
+    """Whether a model says that it is a Transformer."""
+    hint = typing.get_type_hints(entry.function, include_extras=True).get("return")
+    return any(isinstance(mark, RowMeans) for mark in getattr(hint, "__metadata__", ()))
 
 
 def factory(name: str, options: Mapping[str, Value], image_shape: tuple[int, int, int], num_classes: int) -> Factory:

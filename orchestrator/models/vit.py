@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchestrator.models.base import MODELS
+from orchestrator.models.base import MODELS, Transformer
 from orchestrator.registry import Count, InputError, ShareBelowOne
 
 Shifts = Literal["pixel", "half_patch"]
@@ -153,7 +153,7 @@ def vit_small_data(
     dropout: ShareBelowOne = 0.0,
     shifts: Shifts = "pixel",
     pooling: Pooling = "class_token",
-) -> nn.Module:
+) -> Transformer:
     """ViT for small data sets: shifted patches and locality self-attention (Lee et al. 2021); sizes as in DEL.
 
     `shifts`: `pixel`, one pixel right, left, down and up, as released with DEL; `half_patch`, half a patch (rounded
@@ -175,7 +175,7 @@ def vit(
     depth: Count = 6,
     heads: Count = 3,
     mlp: Count = 768,
-) -> nn.Module:
+) -> Transformer:
     """Plain vision transformer (Dosovitskiy et al. 2021), torchvision's, for square images of three channels."""
     from torchvision.models import VisionTransformer
 

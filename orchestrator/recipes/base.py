@@ -50,7 +50,13 @@ def arms(*, epochs: int, batch_size: int, budget: tuple[float, ...] = BUDGETS) -
 FORGET_SETS = (ForgetSet(name="random"), ForgetSet(name="mislabelled"), ForgetSet(name="most_memorized"))
 
 
-def localizations(*, budget: tuple[float, ...], options: Options, h: str = "released") -> dict[str, Arm]:
+CRITMEM = Strategy(name="critmem", options={"batch_size": 64, "draws": 1, "num_examples": 100})
+"""CritMem at the cost of a laptop: the union over a hundred forget examples, one draw of noise each."""
+
+
+def localizations(
+    *, budget: tuple[float, ...], options: Options, h: str = "released", critical: Strategy = CRITMEM
+) -> dict[str, Arm]:
     """Every localization of the paper under reset-and-finetune, with the controls: which parameters should be reset."""
 
     def arm(strategy: str, granularity: Granularity = "channel", base: str | None = None) -> Arm:
@@ -64,7 +70,6 @@ def localizations(*, budget: tuple[float, ...], options: Options, h: str = "rele
             h=h,
         )
 
-    critical = Strategy(name="critmem", options={"batch_size": 64, "draws": 1, "num_examples": 100})
     return {
         "del": arm("weighted_gradient"),
         "weighted_gradient_param": arm("weighted_gradient", "param"),

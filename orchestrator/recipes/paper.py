@@ -13,6 +13,7 @@ from typing import Any
 from orchestrator.recipes.base import RECIPES, Options, localizations, replaced, rivals
 from orchestrator.specs import DataSource, ForgetSet, Model, Strategy, TrainingSpec
 from orchestrator.study import Arm, Study
+from orchestrator.unlearning import METHODS
 
 BUDGETS = (0.1, 0.2, 0.3)
 IID = ForgetSet(name="random", options={"as_released": True})
@@ -45,7 +46,7 @@ def published(
         name: arm.model_copy(update={"options": {**arm.options, **(tuned or {}).get(name, {})}})
         for name, arm in rivals(epochs=10, batch_size=128, budget=(0.3,)).items()
     }
-    short = Arm(method="retrain_short", options={"lr": (rate,), "epochs": (epochs,), "batch_size": (128,)})
+    short = {"lr": (rate,), "epochs": (epochs,), "batch_size": (128,), "warmup": (0.0,)}
     return Study(
         recipe=recipe,
         data=data,
@@ -53,27 +54,33 @@ def published(
         training=TrainingSpec(learning_rate=rate, epochs=epochs, batch_size=128, schedule="epoch"),
         forget_sets=(forget_set,),
         protocol="del",
-        methods=_masked_as_released(
+        methods=_as_released(
             {
                 **others,
-                "retrain_short": short,
-                "salun": _relabelled(("gradient", "param"), (0.3,)),
+                "retrain_short": Arm(method="retrain_short", options=short),
+                "salloc_relabel": _relabelled(("gradient", "param"), (0.3,)),
                 **{name: located[name] for name in ("del", "random_within_tensor")},
             }
         ),
     )
 
 
-def _masked_as_released(arms: dict[str, Arm], released: bool = True) -> dict[str, Arm]:
-    """Arms whose gradient strategies leave out the last batch of a shuffle, as released, or do not."""
+def _as_released(arms: dict[str, Arm], released: bool = True) -> dict[str, Arm]:
+    """Arms whose masks leave out the last batch of a shuffle and whose rates fall by epoch, as released, or do not."""
 
     def told(strategy: Strategy | None) -> Strategy | None:
         if strategy is None or "as_released" not in strategy.entry.options:
             return strategy
         return Strategy(name=strategy.name, options={**strategy.options, "as_released": released})
 
-    changes = {name: {"strategy": told(arm.strategy), "base": told(arm.base)} for name, arm in arms.items()}
-    return {name: arm.model_copy(update=changes[name]) for name, arm in arms.items()}
+    def falling(arm: Arm) -> Options:
+        known = {"schedule": ("epoch" if released else "step",)} if "schedule" in METHODS[arm.method].options else {}
+        return {**arm.options, **known}
+
+    return {
+        name: arm.model_copy(update={"strategy": told(arm.strategy), "base": told(arm.base), "options": falling(arm)})
+        for name, arm in arms.items()
+    }
 
 
 def _relabelled(strategy: tuple[str, Any], budget: tuple[float, ...]) -> Arm:
@@ -91,7 +98,7 @@ def joint(study: Study) -> Study:
     """The same setting in protocol `joint`: three draws of our own, each with an original and references of its own."""
     rules = tuple(ForgetSet(name=r.name, options={**r.options, "as_released": False}) for r in study.forget_sets)
     training = study.training.model_copy(update={"schedule": "step"})
-    methods = _masked_as_released(dict(study.methods), released=False)
+    methods = _as_released(dict(study.methods), released=False)
     changes = {"forget_sets": rules, "training": training, "methods": methods}
     return replaced(study, recipe=f"{study.recipe}_joint", protocol="joint", **changes)
 
@@ -181,10 +188,10 @@ DEL_OPTIONS: Options = {"lr": (0.015,), "epochs": (30,), "batch_size": (128,)}
 
 
 def _ablation(recipe: str, names: tuple[str, ...], budget: tuple[float, ...] = BUDGETS) -> Study:
-    located = localizations(budget=budget, options=DEL_OPTIONS)
+    located = localizations(budget=budget, options=DEL_OPTIONS, critical=Strategy(name="critmem"))
     study = cifar10_resnet18_classes()
     chosen = {name: located[name] for name in dict.fromkeys((*names, "random_within_tensor"))}
-    return replaced(study, recipe=recipe, methods={**_controls(study), **_masked_as_released(chosen)})
+    return replaced(study, recipe=recipe, methods={**_controls(study), **_as_released(chosen)})
 
 
 def _controls(study: Study) -> dict[str, Arm]:
@@ -213,7 +220,11 @@ def ablation_forget_agnostic() -> Study:
 
 @RECIPES
 def ablation_budgets() -> Study:
-    """DEL's Figure 2: shallowest, deepest, SalLoc, CritMem and DEL over budgets under reset-and-finetune."""
+    """DEL's Figure 2: shallowest, deepest, SalLoc, CritMem and DEL over budgets under reset-and-finetune.
+
+    CritMem searches for every forget example, which takes longer than all else here; fewer are
+    `--set methods.critmem.strategy.num_examples=1000`, as Maini et al. did.
+    """
     budgets = (0.05, 0.1, 0.1687, 0.2, 0.3, 0.4, 0.5)
     return _ablation("ablation_budgets", ("del", "salloc", "shallowest", "deepest", "critmem"), budgets)
 
@@ -234,4 +245,4 @@ def ablation_pairings() -> Study:
             arm = located[place].model_copy(update={"method": method, "options": options})
             pairs[place if name == "reset" else f"{place}+{name}"] = arm
     study = cifar10_resnet18_classes()
-    return replaced(study, recipe="ablation_pairings", methods=_controls(study) | _masked_as_released(pairs))
+    return replaced(study, recipe="ablation_pairings", methods=_controls(study) | _as_released(pairs))

@@ -13,7 +13,7 @@ from orchestrator.training import Mask, Report, Training, clone, cross_entropy, 
 from orchestrator.unlearning.base import METHODS
 
 
-@METHODS
+@METHODS(version=2)
 def gradient_ascent(
     model: nn.Module,
     mask: Mask | None,
@@ -28,16 +28,20 @@ def gradient_ascent(
     batch_size: Count = 128,
     momentum: ShareBelowOne = 0.9,
     weight_decay: NonNegative = 0.0,
+    statistics: Literal["both", "forget"] = "both",
 ) -> nn.Module:
     """NegGrad: ascent on the forget loss, at a constant rate (Golatkar et al. 2020).
 
-    As released with DEL, an epoch has as many steps as the retain set has batches (of which only the number is used);
-    `steps=forget`: one pass over the forget set. Rate and epochs as in RUM. Batch-norm statistics follow the forget
-    batches, as released.
+    As released with DEL, an epoch has as many steps as the retain set has batches; `steps=forget`: one pass over the
+    forget set. Rate and epochs as in RUM. Batch-norm `statistics` follow `both` the batch that the epoch goes through
+    and the forget batch, in this order, as released; or the forget batches alone.
     """
     stream = endless_batches(forget, batch_size, generator)
 
-    def objective(net: nn.Module, *_: Tensor) -> Tensor:
+    def objective(net: nn.Module, images: Tensor, _: Tensor) -> Tensor:
+        if statistics == "both":
+            with torch.no_grad():
+                net(images)
         return -cross_entropy(net, *next(stream))
 
     training = Training(lr, epochs, batch_size, momentum, weight_decay, final=1.0)
@@ -52,7 +56,7 @@ def gradient_ascent(
     )
 
 
-@METHODS
+@METHODS(version=2)
 def neg_grad_plus(
     model: nn.Module,
     mask: Mask | None,
@@ -70,13 +74,14 @@ def neg_grad_plus(
 ) -> nn.Module:
     """NegGrad+: descent on alpha x retain loss - (1 - alpha) x forget loss (Kurmanji et al. 2023).
 
-    One forget batch per retain batch, cycling; constant rate. alpha as released with DEL, the rest as in RUM.
+    One forget batch per retain batch, cycling; constant rate. alpha as released with DEL, the rest as in RUM. The
+    retain batch goes through batch norm first, as released.
     """
     stream = endless_batches(forget, batch_size, generator)
 
     def objective(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        forgotten = cross_entropy(net, *next(stream))
-        return alpha * cross_entropy(net, images, labels) - (1 - alpha) * forgotten
+        retained = cross_entropy(net, images, labels)
+        return alpha * retained - (1 - alpha) * cross_entropy(net, *next(stream))
 
     training = Training(lr, epochs, batch_size, momentum, weight_decay, final=1.0)
     return fit(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import nn
 
 from orchestrator.data import Examples
 from orchestrator.models import Factory
-from orchestrator.registry import Count, NonNegative, Share, ShareBelowOne
-from orchestrator.training import Report, Training, clone, fit
+from orchestrator.registry import Added, Count, NonNegative, Share, ShareBelowOne
+from orchestrator.training import Report, Schedule, Training, clone, fit
 from orchestrator.unlearning.base import METHODS
 
 
@@ -40,7 +42,11 @@ def retrain_short(
     weight_decay: NonNegative = 0.0,
     warmup: ShareBelowOne = 0.2,
     final: Share = 0.01,
+    schedule: Annotated[Schedule, Added()] = "step",
 ) -> nn.Module:
-    """Control: a new model trained on the retain set for as many steps as unlearning (full reset, no original)."""
-    training = Training(lr, epochs, batch_size, momentum, weight_decay, warmup, final)
+    """Control: a new model trained on the retain set for as many steps as unlearning (full reset, no original).
+
+    The warm-up is ours: it lets few epochs begin at the rate of full training. No source; 0 for a reference cut short.
+    """
+    training = Training(lr, epochs, batch_size, momentum, weight_decay, warmup, final, schedule=schedule)
     return fit(fresh(generator), retain, training=training, generator=generator, report=report)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import nn
 
 from orchestrator.data import Examples
 from orchestrator.models import Factory
-from orchestrator.registry import Count, InputError, NonNegative, Share, ShareBelowOne
+from orchestrator.registry import Bounds, Count, Fits, InputError, NonNegative, Share, ShareBelowOne
 from orchestrator.training import Mask, Report, Training, clone, fit, reset
 from orchestrator.unlearning.base import METHODS
 
@@ -33,6 +35,9 @@ def last_layers(model: nn.Module, k: int) -> Mask:
     )
 
 
+Depth = Annotated[int, Bounds(at_least=1), Fits(last_layers)]
+
+
 @METHODS
 def cf_k(
     model: nn.Module,
@@ -40,7 +45,7 @@ def cf_k(
     generator: torch.Generator,
     report: Report,
     *,
-    k: Count = 3,
+    k: Depth = 3,
     lr: NonNegative = 0.1,
     epochs: Count = 62,
     batch_size: Count = 128,
@@ -65,7 +70,7 @@ def eu_k(
     generator: torch.Generator,
     report: Report,
     *,
-    k: Count = 3,
+    k: Depth = 3,
     lr: NonNegative = 0.1,
     epochs: Count = 62,
     batch_size: Count = 128,

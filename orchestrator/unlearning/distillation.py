@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from orchestrator.data import Examples
 from orchestrator.models import Factory
-from orchestrator.registry import Count, NonNegative, Positive, Share, ShareBelowOne
+from orchestrator.registry import Count, Natural, NonNegative, Positive, PositiveShare, ShareBelowOne
 from orchestrator.training import Mask, Phase, Report, Training, clone, fit
 from orchestrator.unlearning.base import METHODS
 
@@ -35,7 +35,7 @@ def scrub(
     *,
     lr: NonNegative = 5e-3,
     epochs: Count = 5,
-    max_epochs: Count = 4,
+    max_epochs: Natural = 4,
     temperature: Positive = 4.0,
     gamma: NonNegative = 0.99,
     alpha: NonNegative = 0.001,
@@ -80,7 +80,7 @@ def bad_teacher(
     *,
     lr: NonNegative = 0.01,
     epochs: Count = 5,
-    retain_share: Share = 0.3,
+    retain_share: PositiveShare = 0.3,
     temperature: Positive = 1.0,
     batch_size: Count = 128,
     momentum: ShareBelowOne = 0.9,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from orchestrator.data import Examples
 from orchestrator.models import Factory
 from orchestrator.registry import Added, Count, NonNegative, Share, ShareBelowOne
-from orchestrator.training import Mask, Report, Training, clone, cross_entropy, fit, reset
+from orchestrator.training import Mask, Report, Schedule, Training, clone, cross_entropy, fit, reset
 from orchestrator.unlearning.base import METHODS
 
 
@@ -32,6 +32,7 @@ def reset_and_finetune(
     momentum: ShareBelowOne = 0.9,
     weight_decay: NonNegative = 0.0,
     final: Share = 0.01,
+    schedule: Annotated[Schedule, Added()] = "step",
     reset_to: Annotated[Literal["fresh", "initial", "zero"], Added()] = "fresh",
 ) -> nn.Module:
     """DEL's second half: masked entries drawn anew, then trained on the retain set (Torkzadehmahani et al. 2025).
@@ -41,7 +42,7 @@ def reset_and_finetune(
     """
     source = fresh(generator) if reset_to == "fresh" else initial() if reset_to == "initial" else _zeros(model)
     unlearned = reset(clone(model), mask, source)
-    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final)
+    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final, schedule=schedule)
     return fit(unlearned, retain, training=training, generator=generator, mask=mask, report=report)
 
 
@@ -59,9 +60,10 @@ def finetune(
     momentum: ShareBelowOne = 0.9,
     weight_decay: NonNegative = 0.0,
     final: Share = 0.01,
+    schedule: Annotated[Schedule, Added()] = "step",
 ) -> nn.Module:
     """Training continued on the retain set alone (defaults: RUM, Zhao et al. 2024; schedule as released with DEL)."""
-    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final)
+    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final, schedule=schedule)
     return fit(clone(model), retain, training=training, generator=generator, mask=mask, report=report)
 
 
@@ -80,6 +82,7 @@ def l1_sparse(
     momentum: ShareBelowOne = 0.9,
     weight_decay: NonNegative = 0.0,
     final: Share = 0.01,
+    schedule: Annotated[Schedule, Added()] = "step",
 ) -> nn.Module:
     """Fine-tuning on retain loss + gamma x (1 - epoch / epochs) x sum of magnitudes (Jia et al. 2023).
 
@@ -93,7 +96,7 @@ def l1_sparse(
         magnitude = torch.stack([p.abs().sum() for p in net.parameters() if p.requires_grad]).sum()
         return cross_entropy(net, images, labels) + weight * magnitude
 
-    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final)
+    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final, schedule=schedule)
     return fit(
         clone(model), retain, training=training, generator=generator, mask=mask, objective=objective, report=report
     )

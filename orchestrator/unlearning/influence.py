@@ -33,7 +33,8 @@ def influence(
     v = sum of forget gradients / n - (share of the forget set) x mean retain gradient, of the loss in evaluation mode,
     where n counts both sets. `released`: the recursion of SalUn and DEL, whose correction never leaves the direction
     of the first sampled gradient, so it is no inverse; the published alphas (CIFAR-10 Non-IID 1900, the default; IID
-    42000) hold for it alone. `woodfisher`: the inverse of damping + mean of the outer products of `num_samples`
+    42000) hold for it alone; the released code takes the retain set's first thousand examples, this a seeded draw.
+    `woodfisher`: the inverse of damping + mean of the outer products of `num_samples`
     retain gradients, applied exactly; needs memory for that many gradients. Under a mask, gradients are cut to it
     first.
     """
@@ -97,9 +98,10 @@ def ssd(
     min(1, damping x importance / forget importance). Defaults: DEL's for CIFAR-10 Non-IID (IID: selection 1; SVHN:
     damping 3, selection 5; ImageNet: selection 2); for the batch size no source is at hand.
 
-    `order` of the whole training set: in a shuffle, every batch is a sample of it; `retain_first`, the code released
-    with SSD, has batches of forget examples alone, so that importance / forget importance never falls below their
-    share of the batches, and no weight is selected once selection exceeds its inverse (10 for a forget set of 10 %).
+    `order` of the whole training set: in a shuffle, as in DEL's comparison, every batch is a sample of it.
+    `retain_first`, the code released with SSD, has batches of forget examples alone, so that importance / forget
+    importance never falls below their share of the batches, and no weight is selected once selection exceeds its
+    inverse (10 for a forget set of 10 %).
     """
     result = clone(model)
     part = trainable_part(model, mask)

@@ -10,7 +10,7 @@ from torch import nn
 
 from orchestrator.data import Examples
 from orchestrator.registry import Added, Count, NonNegative, Share, ShareBelowOne
-from orchestrator.training import Mask, Phase, Report, Training, clone, cross_entropy, fit
+from orchestrator.training import Mask, Phase, Report, Schedule, Training, clone, cross_entropy, fit
 from orchestrator.unlearning.base import METHODS
 
 
@@ -31,6 +31,7 @@ def random_labels(
     momentum: ShareBelowOne = 0.9,
     weight_decay: NonNegative = 0.0,
     final: Share = 0.5,
+    schedule: Annotated[Schedule, Added()] = "step",
     labels: Annotated[Literal["all", "wrong"], Added()] = "all",
     order: Annotated[Literal["shuffled", "forget_first"], Added()] = "shuffled",
 ) -> nn.Module:
@@ -54,7 +55,7 @@ def random_labels(
             return [Phase(part, cross_entropy), Phase(retain, cross_entropy)]
         return Examples(torch.cat([retain.images, part.images]), torch.cat([retain.labels, part.labels]))
 
-    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final)
+    training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final, schedule=schedule)
     once = None if redraw else together(drawn())
 
     def examples(_: int) -> Examples | Sequence[Phase]:

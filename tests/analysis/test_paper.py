@@ -30,7 +30,7 @@ def test_the_published_numbers_are_those_of_the_reviews() -> None:
         ("iid", "del", "mia"): (-0.97, 0.40),
         ("iid", "random_labels", "forget"): (1.69, 0.46),
         ("classes", "del", "forget"): (0.43, 1.06),
-        ("classes", "salun", "forget"): (-2.8, 1.45),
+        ("classes", "salloc_relabel", "forget"): (-2.8, 1.45),
     }
 
 

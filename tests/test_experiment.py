@@ -1,0 +1,170 @@
+"""What a worker holds is not changed by what it runs: rows are the same whatever ran before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from orchestrator import results
+from orchestrator.data import DATASETS, Dataset, Examples
+from orchestrator.experiment import Context, Outcome, Task, Workspace
+from orchestrator.localization import STRATEGIES
+from orchestrator.specs import (
+    ForgetSet,
+    ForgetSpec,
+    MaskSpec,
+    Method,
+    Model,
+    RunSpec,
+    Setting,
+    Strategy,
+    TrainingSpec,
+    key,
+)
+from orchestrator.store import Store
+from orchestrator.training import clone
+from orchestrator.unlearning import METHODS
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """Two hundred digits to train on."""
+    whole: Dataset = DATASETS["digits"]({}, DATASETS["digits"].resolve({}))
+    return replace(whole, splits={**whole.splits, "train": whole.splits["train"][:200]})
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[[Callable[..., object]], str]]:
+    """Registers a method or a strategy for one test."""
+    added = []
+
+    def register(function: Callable[..., object]) -> str:
+        registry = METHODS if function.__name__.startswith("method") else STRATEGIES
+        registry(function)  # type: ignore[arg-type]
+        added.append((registry, function.__name__))
+        return function.__name__
+
+    yield register
+    for registry, name in added:
+        del registry._entries[name]
+
+
+def run_of(dataset: Dataset, method: str, mask: MaskSpec | None = None) -> RunSpec:
+    options = {"epochs": 1, "batch_size": 32} if method in ("finetune", "reset_and_finetune") else {}
+    training = TrainingSpec(learning_rate=0.1, epochs=1, batch_size=32)
+    return RunSpec(
+        setting=Setting(
+            data=dataset.fingerprint, model=Model(name="small_cnn", options={"width": 4}), training=training
+        ),
+        forget=ForgetSpec(rule=ForgetSet(name="random")),
+        method=Method(name=method, options=options),
+        original_seed=0,
+        mask=mask,
+        seed=0,
+    )
+
+
+def performed(dataset: Dataset, folder: Path, *runs: RunSpec) -> tuple[list[Outcome], Store]:
+    """The outcomes of runs that one worker performs one after another, and its store."""
+    store = Store(str(folder))
+    workspace = Workspace(dataset, Context(store))
+    assert runs[0].original is not None
+    assert workspace.perform(Task("original", runs[0].original)).error is None
+    outcomes = []
+    for run in runs:
+        if run.localization is not None:
+            outcomes.append(workspace.perform(Task("localization", run.localization)))
+        outcomes.append(workspace.perform(Task("run", run)))
+    return outcomes, store
+
+
+def metrics_of(store: Store, run: RunSpec) -> object:
+    row = results.get_row(store, key(run))
+    return row.metrics, row.measurements
+
+
+def test_a_method_that_changes_its_model_in_place_changes_no_other_run(
+    dataset: Dataset, registered: Callable[..., str], tmp_path: Path
+) -> None:
+    def method_in_place(model: nn.Module) -> nn.Module:
+        """Zeroes what it is given."""
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        return model
+
+    rude, polite = run_of(dataset, registered(method_in_place)), run_of(dataset, "finetune")
+    outcomes, store = performed(dataset, tmp_path / "both", rude, polite)
+    _, alone = performed(dataset, tmp_path / "alone", polite)
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    assert metrics_of(store, polite) == metrics_of(alone, polite)
+    moved = results.get_row(store, key(rude)).measurements
+    assert moved["moved"] > 0, "what moved is counted against the original as it was"
+
+
+def test_a_method_that_changes_its_examples_in_place_fails_and_changes_no_other_run(
+    dataset: Dataset, registered: Callable[..., str], tmp_path: Path
+) -> None:
+    def method_relabelling(model: nn.Module, forget: Examples, retain: Examples) -> nn.Module:
+        """Relabels in place."""
+        retain.labels.fill_(3)
+        return clone(model)
+
+    rude, polite = run_of(dataset, registered(method_relabelling)), run_of(dataset, "finetune")
+    outcomes, store = performed(dataset, tmp_path / "both", rude, polite)
+    _, alone = performed(dataset, tmp_path / "alone", polite)
+    assert "method method_relabelling changed the examples that it was given" in str(outcomes[0].error)
+    assert outcomes[1].error is None
+    assert metrics_of(store, polite) == metrics_of(alone, polite)
+
+
+def test_a_strategy_that_changes_its_model_in_place_changes_no_run(
+    dataset: Dataset, registered: Callable[..., str], tmp_path: Path
+) -> None:
+    def strategy_in_place(model: nn.Module) -> dict[str, torch.Tensor]:
+        """Magnitudes, and then nothing is left of them."""
+        scores = {name: parameter.detach().abs().clone() for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        return scores
+
+    masks = [
+        MaskSpec(strategy=Strategy(name=name), granularity="channel", budget=0.3)
+        for name in (registered(strategy_in_place), "weight_magnitude")
+    ]
+    rude, polite = (run_of(dataset, "reset_and_finetune", mask) for mask in masks)
+    outcomes, store = performed(dataset, tmp_path / "both", rude, polite)
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    first, second = (results.get_row(store, key(run)) for run in (rude, polite))
+    assert first.metrics == second.metrics, "the same scores, so the same mask and run"
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [(None, "TypeError: method method_odd returned NoneType, not the unlearned model"), ("exit", "SystemExit: 3")],
+)
+def test_a_method_that_gives_no_model_is_a_failed_run_that_says_so(
+    returned: str | None, said: str, dataset: Dataset, registered: Callable[..., str], tmp_path: Path
+) -> None:
+    def method_odd(model: nn.Module) -> nn.Module:
+        """Returns what is no model, or ends."""
+        if returned == "exit":
+            raise SystemExit(3)
+        return returned  # type: ignore[return-value]
+
+    outcomes, _ = performed(dataset, tmp_path, run_of(dataset, registered(method_odd)))
+    assert outcomes[0].error == said
+    assert outcomes[0].label == "method_odd on random, seed 0"
+
+
+def test_localizations_are_shared_by_seeds_unless_they_draw(dataset: Dataset) -> None:
+    def keys(strategy: str) -> set[str]:
+        mask = MaskSpec(strategy=Strategy(name=strategy), granularity="channel", budget=0.3)
+        runs = [run_of(dataset, "reset_and_finetune", mask).model_copy(update={"seed": seed}) for seed in range(3)]
+        return {key(run.localization) for run in runs if run.localization is not None}
+
+    assert [len(keys(name)) for name in ("weighted_gradient", "critmem", "random")] == [1, 1, 3]
