@@ -21,7 +21,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 Value = bool | int | float | str | None | tuple[Any, ...]
 M = TypeVar("M")
@@ -296,6 +296,24 @@ class Registry(Mapping[str, Entry[F]]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
+
+
+class Choice(Protocol):
+    """A registered function by name, with its options: what specs name, or plain values read from a file."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A choice in plain values."""
+
+    name: str
+    options: Mapping[str, Any]
 
 
 def load_modules(package: str) -> None:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from orchestrator.data import Outputs, SplitOutputs
+from orchestrator.pipeline import REFERENCE, Layer
 from orchestrator.registry import InputError, canonical_json
 from orchestrator.specs import ForgetSpec, Setting, key
 from orchestrator.store import Store
@@ -104,17 +105,6 @@ that has no row yet has status `failed`. `memorization` and `examples` have one 
 
 
 @dataclass(frozen=True)
-class Layer:
-    """How many entries of one parameter a mask resets, how many it lets train, and how many moved."""
-
-    parameter: str
-    entries: int
-    reset: int
-    trainable: int
-    moved: int | None = None  # None: a row from before it was counted
-
-
-@dataclass(frozen=True)
 class Row:
     """One finished run. Equality promises cover everything but `provenance`.
 
@@ -134,7 +124,7 @@ class Row:
 
     @property
     def is_reference(self) -> bool:
-        return bool(self.spec["method"]["name"] == "retrain")
+        return bool(self.spec["method"]["name"] == REFERENCE)
 
     @property
     def comparable_with(self) -> str:
@@ -310,13 +300,6 @@ def metadata_of(store: Store, name: str) -> dict[str, str]:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     found: dict[str, str] = header.get("__metadata__", {})
     return found
-
-
-def half(logits: np.ndarray) -> np.ndarray:
-    """Logits as float16, clipped to its finite range."""
-    limit = float(np.finfo(np.float16).max)
-    halved: np.ndarray = np.clip(logits, -limit, limit).astype(np.float16)
-    return halved
 
 
 def put_outputs(store: Store, key: str, outputs: Outputs) -> None:

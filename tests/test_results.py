@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from orchestrator.data import SplitOutputs
+from orchestrator.pipeline import half
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
 from orchestrator.results import (
@@ -23,7 +24,6 @@ from orchestrator.results import (
     get_row,
     get_sweeps,
     get_table,
-    half,
     pack,
     put_attempt,
     put_outputs,

@@ -1,0 +1,291 @@
+"""The pure pipeline on plain values: train, score, unlearn, predict, measure. Knows no specs, no keys and no store.
+
+It needs torch and numpy alone, so that it runs where nothing else is installed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from orchestrator.data import Dataset, Examples, Outputs, SplitOutputs, Splits
+from orchestrator.localization import Scores, localize
+from orchestrator.memorization import block_membership
+from orchestrator.models import Factory, factory
+from orchestrator.registry import Choice
+from orchestrator.seeds import generator
+from orchestrator.training import Mask, Training, clone, fit, predict
+from orchestrator.unlearning import METHODS
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How many entries of one parameter a mask resets, how many it lets train, and how many moved."""
+
+    parameter: str
+    entries: int
+    reset: int
+    trainable: int
+    moved: int | None = None  # None: a row from before it was counted
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A data set on a device, with what is cut from it kept: training, test and forget examples."""
+
+    dataset: Dataset
+    device: str = "cpu"
+    _kept: dict[str, Examples] = field(default_factory=dict)
+
+    def examples(self, split: str) -> Examples:
+        if split not in self._kept:
+            self._kept[split] = self.dataset.examples(split).to(self.device)
+        return self._kept[split]
+
+    def forget(self) -> None:
+        """Drop what was cut; it is cut anew."""
+        self._kept.clear()
+
+    def fresh(self, model: Choice) -> Factory:
+        make = factory(model.name, model.options, self.dataset.image_shape, self.dataset.num_classes)
+        return lambda stream: make(stream).to(self.device)
+
+    @property
+    def numerics(self) -> str:
+        """What equality of results is conditional on: device, CPU capability, torch version, compile mode."""
+        name = torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu"
+        return f"{name} {torch.backends.cpu.get_cpu_capability()} torch-{torch.__version__} eager"
+
+
+def train_original(lab: Lab, model: Choice, training: Training, seed: int) -> nn.Module:
+    """Train a model on the whole training set."""
+    stream = generator(seed, "original")
+    return fit(lab.fresh(model)(stream), lab.examples("train"), training=training, generator=stream)
+
+
+def train_block(
+    lab: Lab, model: Choice, training: Training, *, fraction: float, seed: int, block: int
+) -> dict[str, np.ndarray]:
+    """Train the ten subset models of a block.
+
+    Returns membership bool [10, n], train and test logits float16 [10, n, classes], and per model the accuracy on
+    its subset, on test, and its seconds (float64 [10] each). Every model takes the same number of full batches.
+    """
+    train, test = lab.examples("train"), lab.examples("test")
+    membership = block_membership(lab.dataset.split_labels("train"), fraction, seed, block)
+    num_batches = max(1, int(np.floor(len(train) * fraction)) // training.batch_size)
+    arrays: dict[str, list[Any]] = {name: [] for name in ("train", "test", "in_accuracy", "test_accuracy", "seconds")}
+    for index, members in enumerate(membership):
+        start = time.perf_counter()
+        stream = generator(seed, "subset model", block, index)
+        made = lab.fresh(model)(stream)
+        subset = train.take(np.flatnonzero(members))
+        fit(made, subset, training=training, generator=stream, num_batches=num_batches)
+        logits, test_logits = half(predict(made, train)), half(predict(made, test))
+        right = logits.argmax(axis=1) == train.labels.cpu().numpy()
+        arrays["train"].append(logits)
+        arrays["test"].append(test_logits)
+        arrays["in_accuracy"].append(right[members].mean())
+        arrays["test_accuracy"].append((test_logits.argmax(axis=1) == test.labels.cpu().numpy()).mean())
+        arrays["seconds"].append(time.perf_counter() - start)
+    return {"membership": membership, **{name: np.stack(parts) for name, parts in arrays.items()}}
+
+
+def split_examples(lab: Lab, forget: np.ndarray) -> Splits:
+    """The training set, and its parts to forget and to retain."""
+    train = lab.examples("train")
+    retained = np.setdiff1d(np.arange(len(train)), forget)
+    return Splits(train, train.take(forget), train.take(retained))
+
+
+class ChangedExamplesError(RuntimeError):
+    """A function changed the examples that it was given: what others of this process hold is not to be used."""
+
+
+@contextmanager
+def unchanged(who: str, *given: Examples | None) -> Iterator[None]:
+    """Raise ChangedExamplesError where the examples are changed in place inside."""
+
+    def versions() -> list[int]:
+        return [part._version for examples in given if examples for part in (examples.images, examples.labels)]
+
+    before = versions()
+    yield
+    if versions() != before:
+        raise ChangedExamplesError(
+            f"{who} changed the examples that it was given, in place; it may change copies (`labels.clone()`)"
+        )
+
+
+def score(
+    strategy: Choice, original: nn.Module, splits: Splits, *, seed: int, granularity: str | None, base: Scores | None
+) -> Scores:
+    """Score every parameter entry of an original by a strategy, which is given a copy of it."""
+    with unchanged(f"strategy {strategy.name}", splits.train, splits.forget, splits.retain):
+        return localize(
+            strategy.name,
+            strategy.options,
+            clone(original),
+            splits,
+            generator=generator(seed, "localization"),
+            base=base,
+            granularity=granularity,
+        )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run computed: its model, outputs, per-epoch series, measurements, mask layers, and method seconds."""
+
+    model: nn.Module
+    outputs: Outputs
+    series: Mapping[str, list[float]]
+    measurements: Mapping[str, float]
+    layers: tuple[Layer, ...]
+    seconds: float
+
+
+REFERENCE = "retrain"  # the method whose runs are references
+
+
+def run(
+    lab: Lab,
+    model: Choice,
+    training: Training,
+    method: Choice,
+    *,
+    forget: np.ndarray,
+    splits: Splits,
+    original: nn.Module | None,
+    original_seed: int | None,
+    mask: Mask | None,
+    seed: int,
+) -> Finished:
+    """Unlearn (or retrain), predict on every split, and measure. The method is given a copy of the original.
+
+    `forget` are training indices int64, by which `splits` is cut.
+    """
+    losses: list[float] = []
+    steps: list[int] = []
+
+    def report(epoch: int, num_steps: int, loss: float) -> None:
+        losses.append(loss)
+        steps.append(num_steps)
+
+    entry = METHODS[method.name]
+    available: dict[str, Any] = {
+        "model": None if original is None else clone(original),
+        "mask": mask,
+        "forget": splits.forget,
+        "retain": splits.retain,
+        "validation": lab.examples("validation") if "validation" in entry.inputs else None,
+        "fresh": lab.fresh(model),
+        "initial": lambda: lab.fresh(model)(generator(original_seed or 0, "original")),
+        "generator": generator(seed, "reference" if method.name == REFERENCE else "unlearning"),
+        "training": training,
+        "report": report,
+        "num_classes": lab.dataset.num_classes,
+    }
+    start = time.perf_counter()
+    with unchanged(f"method {method.name}", splits.forget, splits.retain, available["validation"]):
+        unlearned = entry(available, entry.resolve(method.options))
+    seconds = time.perf_counter() - start
+    if not isinstance(unlearned, nn.Module):
+        raise TypeError(f"method {method.name} returned {type(unlearned).__name__}, not the unlearned model")
+    measurements: dict[str, float] = {}
+    if "report" in entry.inputs:
+        retraining = training.epochs * max(1, len(splits.retain) // training.batch_size)
+        measurements |= {"steps": sum(steps), "steps_ratio": sum(steps) / retraining}
+    if mask is not None:
+        measurements |= {
+            "entries": mask.num_entries,
+            "reset": mask.num_reset,
+            "trainable": mask.num_trainable,
+            "realised_budget": mask.num_reset / mask.num_entries,
+            "effective_budget": mask.num_trainable / mask.num_entries,
+            "reset_channels": _channels(mask.reset),
+            "trainable_channels": _channels(mask.trainable),
+        }
+    moved: dict[str, Tensor] = {}
+    if original is not None:
+        moved = _moved(original, unlearned)
+        measurements |= {
+            "moved": sum(int(part.sum()) for part in moved.values()),
+            "moved_channels": _channels(moved),
+            "distance": _distance(original, unlearned),
+        }
+    outputs = _outputs(lab, unlearned, forget)
+    return Finished(unlearned, outputs, {"loss": losses} if losses else {}, measurements, _layers(mask, moved), seconds)
+
+
+def _moved(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Which entries differ, by parameter."""
+    old = dict(before.named_parameters())
+    return {name: (parameter != old[name]).cpu() for name, parameter in after.named_parameters()}
+
+
+def _distance(before: nn.Module, after: nn.Module) -> float:
+    """Euclidean distance between the parameters of two models."""
+    old = dict(before.named_parameters())
+    return math.sqrt(
+        sum(float(((p.detach() - old[name].detach()).double() ** 2).sum()) for name, p in after.named_parameters())
+    )
+
+
+def _channels(parts: Mapping[str, Tensor]) -> int:
+    """How many output channels (rows of tensors with two axes or more) hold a marked entry."""
+    return sum(int(part.flatten(1).any(1).sum()) for part in parts.values() if part.ndim > 1)
+
+
+def _outputs(lab: Lab, model: nn.Module, forget: np.ndarray) -> dict[str, SplitOutputs]:
+    dataset = lab.dataset
+    whole = {
+        split: SplitOutputs(
+            half(predict(model, lab.examples(split))),
+            dataset.split_labels(split),
+            dataset.split_true_labels(split),
+        )
+        for split in ("train", "validation", "test")
+        if len(dataset.splits[split])
+    }
+    train = whole.pop("train")
+    return {
+        "forget": train.take(forget),
+        "retain": train.take(np.setdiff1d(np.arange(len(train.labels)), forget)),
+        **whole,
+    }
+
+
+def _layers(mask: Mask | None, moved: Mapping[str, Tensor]) -> tuple[Layer, ...]:
+    if mask is None:
+        return ()
+    return tuple(
+        Layer(name, part.numel(), int(part.sum()), int(mask.trainable[name].sum()), int(moved[name].sum()))
+        for name, part in mask.reset.items()
+    )
+
+
+def half(logits: np.ndarray) -> np.ndarray:
+    """Logits as float16, clipped to its finite range."""
+    limit = float(np.finfo(np.float16).max)
+    halved: np.ndarray = np.clip(logits, -limit, limit).astype(np.float16)
+    return halved
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One torch thread inside: several threads sum in another order, and would give other numbers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
