@@ -186,6 +186,33 @@ def report(
     job.run(storage, sweep, out, table)
 
 
+@app.command()
+def pack(
+    recipe: Recipe,
+    assignments: Assignments = None,
+    storage: Storage = DEFAULT_STORAGE,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("order.json"),
+    plugin: Plugins = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a sweep's missing runs as a work order for a machine that has torch alone."""
+    from jobs import pack as job
+    from jobs.session import Options
+
+    job.run(Options(recipe, assignments or (), storage, "none", plugins=plugin or (), dry_run=dry_run), out)
+
+
+@app.command()
+def unpack(
+    parts: Annotated[list[Path], typer.Argument(help="What orchestrator.offline wrote there: part-*.npz.")],
+    storage: Storage = DEFAULT_STORAGE,
+) -> None:
+    """Bring the runs of a work order into a store, where they are like any other."""
+    from jobs import pack as job
+
+    job.unpack(parts, storage)
+
+
 @app.command("list")
 def catalogue(
     what: Annotated[

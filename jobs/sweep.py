@@ -77,19 +77,18 @@ def sweep(session: Session) -> Done:
 def _prepared(plan: Plan) -> list[Task]:
     return [
         *(plan.blocks() if plan.needs_scores else []),
-        *plan.originals(),
+        *_needed(plan, plan.originals()),
         *plan.references(),
-        *_needed_localizations(plan),
+        *_needed(plan, plan.localizations()),
     ]
 
 
-def _needed_localizations(plan: Plan) -> list[Task]:
-    """The localizations of runs that are missing: a finished run needs none."""
-    names = {t.object_name for t in plan.missing(plan.runs())}
-    needed = {
-        key(s) for _, r in plan.study.runs(plan.fingerprint) if (s := r.localization) and f"rows/{key(r)}.json" in names
-    }
-    return [task for task in plan.localizations() if key(task.spec) in needed]
+def _needed(plan: Plan, tasks: list[Task]) -> list[Task]:
+    """The originals or localizations of runs that are missing: a finished run needs none."""
+    names = {task.object_name for task in plan.missing(plan.runs())}
+    missing = [run for _, run in plan.study.runs(plan.fingerprint) if f"rows/{key(run)}.json" in names]
+    needed = {key(part) for run in missing for part in (run.original, run.localization) if part is not None}
+    return [task for task in tasks if key(task.spec) in needed]
 
 
 def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callable[[Outcome], None]) -> None:

@@ -197,16 +197,9 @@ class Workspace:
         return 0
 
     def _base_scores(self, spec: LocalizationSpec, splits: Splits) -> Scores | None:
-        if spec.base is None:
+        base = spec.base_spec
+        if base is None:
             return None
-        inputs = spec.base.entry.inputs
-        base = LocalizationSpec(
-            original=spec.original,
-            forget=spec.forget,
-            strategy=spec.base,
-            seed=spec.seed if "generator" in inputs else None,
-            granularity=spec.granularity if "granularity" in inputs else None,
-        )
         if self.store.exists(Task("localization", base).object_name):
             return self.localization(base)
         return self._score(base, self.original(spec.original), splits, None)
@@ -237,7 +230,7 @@ class Workspace:
                 seed=spec.seed,
             )
         name = key(spec)
-        if spec.is_reference:
+        if spec.is_reference and finished.model is not None:
             self._put_tensors(f"models/{name}.safetensors", finished.model.state_dict())
         results.put_outputs(self.store, name, finished.outputs)
         results.put_row(self.store, self._row(name, spec, finished))

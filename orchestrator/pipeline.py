@@ -143,9 +143,10 @@ def score(
 
 @dataclass(frozen=True)
 class Finished:
-    """What a run computed: its model, outputs, per-epoch series, measurements, mask layers, and method seconds."""
+    """What a run computed: its model (None where it was left behind), outputs, per-epoch series, measurements, mask
+    layers, and method seconds."""
 
-    model: nn.Module
+    model: nn.Module | None
     outputs: Outputs
     series: Mapping[str, list[float]]
     measurements: Mapping[str, float]

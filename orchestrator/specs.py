@@ -169,6 +169,20 @@ class LocalizationSpec(Spec):
     seed: int | None = None
     granularity: Literal["param", "channel"] | None = Field(default=None, json_schema_extra={"unhashed_at": None})
 
+    @property
+    def base_spec(self) -> LocalizationSpec | None:
+        """The scores that the strategy builds on."""
+        if self.base is None:
+            return None
+        inputs = self.base.entry.inputs
+        return LocalizationSpec(
+            original=self.original,
+            forget=self.forget,
+            strategy=self.base,
+            seed=self.seed if "generator" in inputs else None,
+            granularity=self.granularity if "granularity" in inputs else None,
+        )
+
 
 class MaskSpec(Spec):
     """How a run's mask is selected; see localization.rank and Ranking.mask. A budget of None is the strategy's own."""

@@ -251,7 +251,8 @@ def test_damaged_outputs_are_named_and_the_last_export_stays_whole(finished: Pat
     assert (refused.returncode, refused.stdout) == (2, "")
     assert f"rows/{victim.stem}.json" in refused.stderr
     assert len(rows(store)) == before
-    model = next((store / "models").glob("*.safetensors"))
+    runs = rows(finished)  # references among them, whose models nothing reads
+    model = next(path for path in (store / "models").glob("*.safetensors") if path.stem not in runs)
     whole = model.read_bytes()
     model.write_bytes(whole[:-9])
     (store / "rows" / f"{victim.stem}.json").unlink()  # as the message says
@@ -327,6 +328,54 @@ def test_a_dry_run_says_what_is_missing_and_trains_nothing(finished: Path, tmp_p
     assert "models to train: 0" in full.stdout
 
 
+NOT_THERE = "boto3 jinja2 matplotlib mlflow PIL polars pydantic ray rich safetensors torchvision typer"
+
+
+def test_runs_performed_where_only_torch_and_numpy_are_come_back_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    store, far = tmp_path / "copy", tmp_path / "far"
+    shutil.copytree(finished, store)
+    gone = sorted((store / "rows").glob("*.json"))[::6]  # of both forget sets and all methods, references among them
+    for path in gone:
+        path.unlink()
+        (store / "outputs" / f"{path.stem}.safetensors").unlink()
+    order = tmp_path / "order.json"
+    packed = run("pack", "digits", *OPTIONS, "--storage", str(store), "--out", str(order))
+    assert f"{len(gone)} runs" in packed.stdout, packed.stderr
+    far.mkdir()
+    (far / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {NOT_THERE.split()!r}:\n"
+        "            raise ModuleNotFoundError(name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+    )
+    words = [sys.executable, "-m", "orchestrator.offline", str(order), "--out", "parts", "--device", "cpu"]
+    told = {**os.environ, "PYTHONPATH": f"{far}{os.pathsep}{ROOT}"}
+
+    def perform(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*words, *more], cwd=far, env=told, capture_output=True, text=True, timeout=200)
+
+    some = perform("--seconds", "0")
+    assert (some.returncode, f"{len(gone) - 1} runs are left" in some.stdout) == (3, True), some.stderr
+    rest = perform()
+    assert (rest.returncode, "all runs are done" in rest.stdout) == (0, True), rest.stderr
+    parts = sorted(str(path) for path in (far / "parts").glob("*.npz"))
+    assert len(parts) == 2
+    unpacked = run("unpack", *parts, "--storage", str(store))
+    assert f"{len(gone)} of {len(gone)} runs were new" in unpacked.stdout, unpacked.stderr
+    assert rows(store) == rows(finished)
+    assert contents(store, "outputs", ".safetensors") == contents(finished, "outputs", ".safetensors")
+    assert "0 models trained" in run("sweep", "digits", *OPTIONS, "--storage", str(store)).stdout
+    assert f"0 of {len(gone)} runs were new" in run("unpack", *parts, "--storage", str(store)).stdout
+    cut = far / "parts" / "cut.npz"
+    cut.write_bytes(Path(parts[0]).read_bytes()[:999])
+    refused = run("unpack", str(cut), "--storage", str(store))
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+
+
 def test_help_is_there_for_every_command_and_imports_nothing_heavy() -> None:
     script = (
         "import sys; from jobs.cli import app; from typer.testing import CliRunner\n"
@@ -336,7 +385,20 @@ def test_help_is_there_for_every_command_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     readme = (ROOT / "README.md").read_text()
-    for name in ("demo", "memorize", "references", "sweep", "status", "track", "export", "report", "list", "submit"):
+    for name in (
+        "demo",
+        "memorize",
+        "references",
+        "sweep",
+        "status",
+        "track",
+        "export",
+        "report",
+        "list",
+        "submit",
+        "pack",
+        "unpack",
+    ):
         assert name in done.stdout
         assert f"unlearn {name}" in readme
         assert run(name, "--help").returncode == 0
