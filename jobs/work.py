@@ -72,6 +72,8 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     """Perform the missing tasks that do not depend on scores, then the scores, then the rest, on one pool."""
     plan = session.plan
     tasks = plan.missing(wanted(plan))
+    if any(task.kind == "run" for task in tasks):
+        print_campaign(session)
     early = [task for task in tasks if task.kind in ("block", "original")]
     late = [[task for task in tasks if task.kind == kind] for kind in ("run", "localization")]
     bases, built = _by_base(late[1])
@@ -95,6 +97,18 @@ def deaths(session: Session, done: Callable[[Outcome], None]) -> Iterator[None]:
         for task, reason in death.lost:
             put_failure(session.store, task, reason)
             done(Outcome(task.kind, key(task.spec), 0, 0.0, 0.0, 0.0, time.time(), reason, task.label))
+
+
+def print_campaign(session: Session) -> None:
+    """Say that subset models are trained first, where a forget set needs their scores, and what would do it alone."""
+    plan = session.plan
+    if plan.needs_scores and (missing := plan.missing(plan.blocks())):
+        names = ", ".join(rule.name for rule in session.study.forget_sets if "memorization" in rule.entry.inputs)
+        console.print(
+            f"forget set {names} needs memorization scores: {BLOCK_SIZE * len(missing)} subset models come first "
+            f"(`unlearn memorize {session.study.recipe}` with the same options trains them alone)",
+            highlight=False,
+        )
 
 
 def _by_base(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:

@@ -68,7 +68,8 @@ class Lab:
 def train_original(lab: Lab, model: Choice, training: Training, seed: int) -> nn.Module:
     """Train a model on the whole training set."""
     stream = generator(seed, "original")
-    return fit(lab.fresh(model)(stream), lab.examples("train"), training=training, generator=stream)
+    examples = lab.examples("train").augmented(training.augment)
+    return fit(lab.fresh(model)(stream), examples, training=training, generator=stream)
 
 
 def train_block(
@@ -87,7 +88,7 @@ def train_block(
         start = time.perf_counter()
         stream = generator(seed, "subset model", block, index)
         made = lab.fresh(model)(stream)
-        subset = train.take(np.flatnonzero(members))
+        subset = train.take(np.flatnonzero(members)).augmented(training.augment)
         fit(made, subset, training=training, generator=stream, num_batches=num_batches)
         logits, test_logits = half(predict(made, train)), half(predict(made, test))
         right = logits.argmax(axis=1) == train.labels.cpu().numpy()
@@ -182,11 +183,12 @@ def run(
         steps.append(num_steps)
 
     entry = METHODS[method.name]
+    seen = splits.augmented(training.augment)
     available: dict[str, Any] = {
         "model": None if original is None else clone(original),
         "mask": mask,
-        "forget": splits.forget,
-        "retain": splits.retain,
+        "forget": seen.forget,
+        "retain": seen.retain,
         "validation": lab.examples("validation") if "validation" in entry.inputs else None,
         "fresh": lab.fresh(model),
         "initial": lambda: lab.fresh(model)(generator(original_seed or 0, "original")),

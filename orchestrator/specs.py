@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from orchestrator.data import DATASETS
+from orchestrator.data import DATASETS, Augment
 from orchestrator.forget_sets import FORGET_SETS
 from orchestrator.localization import STRATEGIES, TopH, granularities, has_own_budget
 from orchestrator.memorization import BLOCK_SIZE
@@ -101,6 +101,7 @@ class TrainingSpec(Spec):
     final: float = Field(default=0.01, ge=0, le=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     schedule: Literal["step", "epoch"] = Field(default="step", json_schema_extra={"unhashed_at": "step"})
+    augment: Augment = Field(default="none", json_schema_extra={"unhashed_at": "none"})
 
     def build(self) -> Training:
         return Training(**self.model_dump())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchestrator.data import Examples
+from orchestrator.data import Augment, Examples
 
 Schedule = Literal["step", "epoch"]
 """When the rate changes: each step, or between epochs alone, as released with DEL."""
@@ -26,7 +26,8 @@ class Training:
 
     The rate rises linearly over the share `warmup` of all steps, then falls on a cosine to `final` times its peak; with
     the `schedule` "epoch" it changes between epochs alone, as released with DEL (and reaches `final` after the last).
-    Batches are full: the rest of each shuffled epoch is left out (of training only).
+    Batches are full: the rest of each shuffled epoch is left out (of training only). `augment` says what the pipeline
+    has training do to the images, unlearning's too; predictions and localization see them as they are.
     """
 
     learning_rate: float
@@ -38,6 +39,7 @@ class Training:
     final: float = 0.01
     precision: str = "fp32"
     schedule: Schedule = "step"
+    augment: Augment = "none"
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,59 @@ def batches(examples: Examples, batch_size: int, generator: torch.Generator) -> 
     size = min(batch_size, len(examples))
     for start in range(0, len(examples) - size + 1, size):
         chosen = order[start : start + size]
-        yield as_input(examples.images[chosen]), examples.labels[chosen]
+        yield as_input(augmented(examples.images[chosen], examples.augment, generator)), examples.labels[chosen]
+
+
+_BORDER = 4  # black pixels on each side before a crop
+_AREA, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a resized crop: share of the image, width over height
+
+
+def augmented(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
+    """Images uint8 [n, height, width, channels] as training sees them; all draws are made on the CPU."""
+    if augment == "none":
+        return images
+    count, height, width, _ = images.shape
+    flips = torch.rand(count, generator=generator).to(images.device) < 0.5
+    if augment == "crop_flip":
+        corners = torch.randint(2 * _BORDER + 1, (2, count), generator=generator).to(images.device)
+        return cropped(images, corners[0], corners[1], flips)
+    draws = torch.rand(4, count, generator=generator)
+    area = (_AREA[0] + (_AREA[1] - _AREA[0]) * draws[0]) * height * width
+    ratio = torch.exp(math.log(_RATIO[0]) + math.log(_RATIO[1] / _RATIO[0]) * draws[1])
+    tall, wide = (area / ratio).sqrt().clamp(max=height), (area * ratio).sqrt().clamp(max=width)
+    top, left = draws[2] * (height - tall), draws[3] * (width - wide)
+    box = (part.to(images.device) for part in (top, left, tall, wide))
+    return resampled(images, *box, flips=flips)
+
+
+def cropped(images: Tensor, top: Tensor, left: Tensor, flips: Tensor) -> Tensor:
+    """Crops of the images' own size, int64 [n] corners counted in the image with its black border; some mirrored."""
+    count, height, width, _ = images.shape
+    padded = functional.pad(images, (0, 0, _BORDER, _BORDER, _BORDER, _BORDER))
+    device = images.device
+    rows = top[:, None] + torch.arange(height, device=device)
+    columns = left[:, None] + torch.arange(width, device=device)
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    return padded[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def resampled(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, *, flips: Tensor) -> Tensor:
+    """Boxes of the images, float [n] each in pixels, bilinearly resized to the images' own size; some mirrored."""
+    _, height, width, _ = images.shape
+    rows = top[:, None] + tall[:, None] * (torch.arange(height, device=images.device) + 0.5) / height
+    columns = left[:, None] + wide[:, None] * (torch.arange(width, device=images.device) + 0.5) / width
+    columns = torch.where(flips[:, None], columns.flip(1), columns)
+    grid = torch.stack(
+        [
+            (2 * columns / width - 1)[:, None, :].expand(-1, height, -1),
+            (2 * rows / height - 1)[:, :, None].expand(-1, -1, width),
+        ],
+        dim=-1,
+    )
+    found = functional.grid_sample(
+        images.permute(0, 3, 1, 2).float(), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return found.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def endless_batches(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -159,6 +160,23 @@ def test_a_method_that_gives_no_model_is_a_failed_run_that_says_so(
     outcomes, _ = performed(dataset, tmp_path, run_of(dataset, registered(method_odd)))
     assert outcomes[0].error == said
     assert outcomes[0].label == "method_odd on random, seed 0"
+
+
+def test_originals_references_and_unlearning_train_on_augmented_images(dataset: Dataset, tmp_path: Path) -> None:
+    plain = run_of(dataset, "finetune")
+    setting = plain.setting.model_copy(
+        update={"training": plain.setting.training.model_copy(update={"augment": "crop_flip"})}
+    )
+    shifted = plain.model_copy(update={"setting": setting})
+    assert key(shifted) != key(plain)
+    _, store = performed(dataset, tmp_path / "plain", plain)
+    _, other = performed(dataset, tmp_path / "augmented", shifted)
+    assert plain.original is not None
+    assert shifted.original is not None
+    before = results.unpack(store, Task("original", plain.original).object_name)
+    after = results.unpack(other, Task("original", shifted.original).object_name)
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+    assert metrics_of(store, plain) != metrics_of(other, shifted)
 
 
 def test_localizations_are_shared_by_seeds_unless_they_draw(dataset: Dataset) -> None:

@@ -74,6 +74,7 @@ CHANGES: list[tuple[tuple[str, ...], Any]] = [
     (("setting", "training", "final"), 0.02),
     (("setting", "training", "precision"), "bf16"),
     (("setting", "training", "schedule"), "epoch"),
+    (("setting", "training", "augment"), "crop_flip"),
     (("forget", "rule"), ForgetSet(name="mislabelled")),
     (("forget", "rule", "options", "count"), 21),
     (("forget", "rule", "options", "unflipped"), False),

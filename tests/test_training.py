@@ -7,20 +7,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchestrator.data import Examples, Splits
+from orchestrator.data import Augment, Examples, Splits
 from orchestrator.models import Factory
 from orchestrator.seeds import generator
 from orchestrator.training import (
     Mask,
     Training,
     as_input,
+    augmented,
     batches,
     clone,
+    cropped,
     cross_entropy,
     endless_batches,
     fit,
     predict,
     rate_factor,
+    resampled,
     reset,
 )
 
@@ -363,3 +366,71 @@ def test_within_an_epoch_the_rate_stays_where_the_schedule_says_so(model: nn.Mod
         cosine.step()
     for name, value in net.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), value, rtol=1e-5, atol=1e-7)
+
+
+# ---- augmentation --------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int, height: int, width: int) -> Tensor:
+    return torch.randint(256, (count, height, width, 3), generator=generator(5, "pictures"), dtype=torch.uint8)
+
+
+def test_crops_are_those_of_torchvision() -> None:
+    from torchvision.transforms.functional import crop as torchvisions
+    from torchvision.transforms.functional import hflip, pad
+
+    images = pictures(6, 9, 7)
+    top, left = torch.tensor([0, 8, 4, 3, 1, 7]), torch.tensor([8, 0, 4, 6, 2, 5])
+    flips = torch.tensor([True, False, True, False, False, True])
+    found = cropped(images, top, left, flips).permute(0, 3, 1, 2)
+    for image, here, y, x, flip in zip(images.permute(0, 3, 1, 2), found, top, left, flips, strict=True):
+        expected = torchvisions(pad(image, [4]), int(y), int(x), 9, 7)
+        assert torch.equal(here, hflip(expected) if flip else expected)
+
+
+def test_resized_crops_are_those_of_torchvision_inside() -> None:
+    """At its border a box sees its neighbours here, where torchvision sees the box alone."""
+    from torchvision.transforms.functional import hflip, resized_crop
+
+    images = pictures(4, 24, 16)
+    boxes = torch.tensor([[0.0, 0, 24, 16], [3, 2, 12, 10], [10, 5, 12, 8], [1, 0, 20, 16]])
+    flips = torch.tensor([False, True, False, True])
+    found = resampled(images, *boxes.T, flips=flips).permute(0, 3, 1, 2).float()
+    for image, here, (top, left, tall, wide), flip in zip(images, found, boxes.int().tolist(), flips, strict=True):
+        box = image.permute(2, 0, 1).float()
+        expected = resized_crop(box, top, left, tall, wide, [24, 16], antialias=False)
+        expected = hflip(expected) if flip else expected
+        torch.testing.assert_close(here[:, 3:-3, 3:-3], expected[:, 3:-3, 3:-3], atol=0.6, rtol=0)
+    assert torch.equal(found[0].byte(), images[0].permute(2, 0, 1)), "the whole image is the image"
+
+
+@pytest.mark.parametrize("augment", ["crop_flip", "resized_crop_flip"])
+def test_augmentation_is_drawn_anew_for_each_image_and_by_the_seed(augment: Augment) -> None:
+    images = pictures(1, 12, 12).expand(200, -1, -1, -1)
+    first, again = (augmented(images, augment, generator(0)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == images.shape
+    assert first.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in first}) > 100
+    assert not torch.equal(first, augmented(images, augment, generator(1)))
+    uncut = torch.full((400, 12, 12, 3), 200, dtype=torch.uint8)
+    shown = augmented(uncut, augment, generator(0)).float().mean(dim=(1, 2, 3)) / 200
+    if augment == "crop_flip":
+        assert float(shown.min()) == pytest.approx((8 / 12) ** 2)  # four black rows and columns at most
+        assert 0.6 < float(shown.mean()) < 0.9
+    else:
+        assert (shown == 1).all(), "a resized crop shows no border"
+
+
+def test_training_sees_augmented_images_and_nothing_else_does(model: nn.Module, splits: Splits) -> None:
+    plain = fit(clone(model), splits.retain, training=Training(0.1, 2, 8), generator=generator(0))
+    seen = fit(clone(model), splits.retain.augmented("crop_flip"), training=Training(0.1, 2, 8), generator=generator(0))
+    assert any(not torch.equal(p, q) for p, q in zip(plain.parameters(), seen.parameters(), strict=True))
+    kept = splits.augmented("crop_flip")
+    assert np.array_equal(np.asarray(predict(model, splits.retain)), np.asarray(predict(model, kept.retain)))
+    parts = (
+        kept.forget.take(torch.arange(3)),
+        kept.retain.followed_by(kept.forget),
+        kept.train.relabelled(kept.train.labels),
+    )
+    assert {part.augment for part in parts} == {"crop_flip"}

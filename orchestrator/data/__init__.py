@@ -3,6 +3,7 @@
 from orchestrator.data.base import (
     DATASETS,
     SPLITS,
+    Augment,
     Dataset,
     Examples,
     Outputs,
@@ -19,6 +20,7 @@ load_modules(__name__)
 __all__ = [
     "DATASETS",
     "SPLITS",
+    "Augment",
     "Dataset",
     "Examples",
     "Outputs",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,22 +24,41 @@ SPLITS = ("train", "validation", "test")
 _DIGEST_BYTES = 2**24
 
 
+Augment = Literal["none", "crop_flip", "resized_crop_flip"]
+"""What training does to images at random: nothing; a crop after four black pixels on each side and a flip (usual for
+32x32 pixels); or a resized crop and a flip (usual for ImageNet)."""
+
+
 @dataclass(frozen=True)
 class Examples:
-    """Images uint8 [n, height, width, channels] and given labels int64 [n]."""
+    """Images uint8 [n, height, width, channels] and given labels int64 [n], and how training augments them."""
 
     images: Tensor
     labels: Tensor
+    augment: Augment = "none"
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: Tensor | np.ndarray) -> Examples:
         chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
-        return Examples(self.images[chosen], self.labels[chosen])
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def to(self, device: torch.device | str) -> Examples:
-        return Examples(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def augmented(self, augment: Augment) -> Examples:
+        """The same images, to be augmented in training."""
+        return replace(self, augment=augment)
+
+    def relabelled(self, labels: Tensor) -> Examples:
+        """The same images under other labels."""
+        return replace(self, labels=labels)
+
+    def followed_by(self, other: Examples) -> Examples:
+        """These examples, then others."""
+        images, labels = torch.cat([self.images, other.images]), torch.cat([self.labels, other.labels])
+        return replace(self, images=images, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -49,6 +68,10 @@ class Splits:
     train: Examples
     forget: Examples
     retain: Examples
+
+    def augmented(self, augment: Augment) -> Splits:
+        """The same examples, to be augmented in training."""
+        return Splits(*(part.augmented(augment) for part in (self.train, self.forget, self.retain)))
 
 
 @dataclass(frozen=True)

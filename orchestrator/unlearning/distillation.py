@@ -95,7 +95,7 @@ def bad_teacher(
     count = max(1, round(retain_share * len(retain)))
     kept = retain.take(torch.randperm(len(retain), generator=generator)[:count])
     marks = [torch.full((len(part),), mark, device=retain.labels.device) for mark, part in enumerate((kept, forget))]
-    both = Examples(torch.cat([kept.images, forget.images]), torch.cat(marks))  # labels say which teacher
+    both = kept.followed_by(forget).relabelled(torch.cat(marks))  # labels say which teacher
 
     def objective(net: nn.Module, images: Tensor, bad: Tensor) -> Tensor:
         good, poor = (_taught(teacher, images) for teacher in teachers)

@@ -105,7 +105,7 @@ def ssd(
     """
     result = clone(model)
     part = trainable_part(model, mask)
-    everything = Examples(torch.cat([retain.images, forget.images]), torch.cat([retain.labels, forget.labels]))
+    everything = retain.followed_by(forget)
     if order == "shuffled":
         everything = everything.take(torch.randperm(len(everything), generator=generator))
     with evaluating(result):

@@ -48,12 +48,12 @@ def random_labels(
         numbers = numbers.to(forget.labels.device)
         if labels == "wrong":
             numbers = (forget.labels + 1 + numbers) % num_classes
-        return Examples(forget.images, numbers)
+        return forget.relabelled(numbers)
 
     def together(part: Examples) -> Examples | Sequence[Phase]:
         if order == "forget_first":
             return [Phase(part, cross_entropy), Phase(retain, cross_entropy)]
-        return Examples(torch.cat([retain.images, part.images]), torch.cat([retain.labels, part.labels]))
+        return retain.followed_by(part)
 
     training = Training(lr, epochs, batch_size, momentum, weight_decay, final=final, schedule=schedule)
     once = None if redraw else together(drawn())
