@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from orchestrator import results
 from orchestrator.data import Outputs
+from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
 from orchestrator.registry import canonical_json
 from orchestrator.results import TABLES, Attempt, Row, Sweep
@@ -100,8 +101,14 @@ def _mask_options(mask: Mapping[str, Any]) -> dict[str, Any]:
         given = mask[part] or {"name": "", "options": {}}
         if part == "base" and mask[part]:
             options["base"] = given["name"]
-        options |= {f"{part}.{name}": value for name, value in given["options"].items() if name != "batch_size"}
+        options |= {f"{part}.{name}": value for name, value in given["options"].items() if not _is_plain(given, name)}
     return options
+
+
+def _is_plain(strategy: Mapping[str, Any], option: str) -> bool:
+    """Whether an option of a strategy says nothing: a batch size, or the default (of a function that is loaded)."""
+    declared = STRATEGIES[strategy["name"]].options if strategy["name"] in STRATEGIES else {}
+    return option == "batch_size" or (option in declared and strategy["options"][option] == declared[option].default)
 
 
 def member_lines(sweeps: Iterable[Sweep]) -> Iterator[dict[str, Any]]:
