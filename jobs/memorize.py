@@ -12,10 +12,8 @@ def run(options: Options) -> None:
     """Train the missing blocks of the campaign, then estimate and store the scores."""
     session = open_session(options)
     if options.dry_run:
-        missing = len(session.plan.missing(session.plan.blocks()))
-        console.print(
-            f"subset-model blocks of ten: {len(session.plan.blocks()) - missing} in the store, {missing} to train"
-        )
+        counts = session.plan.campaign_counts()
+        console.print(f"subset models: {counts['done']} in the store, {counts['missing']} to train", highlight=False)
         return
     cost = work.Cost(cached=len(session.plan.blocks()) - len(session.plan.missing(session.plan.blocks())))
     if session.plan.missing(session.plan.blocks()):

@@ -28,9 +28,12 @@ def run(options: Options) -> None:
     attempts = results.get_attempts(store)
     failed = {name: tries[-1] for name, tries in attempts.items() if name not in present}
     console.print(_sweeps(store, present, set(failed)))
-    blocks = Counter(name.partition("/")[0] for name in store.names("campaigns"))
-    for campaign, count in blocks.items():
-        console.print(f"campaign {campaign[:8]}: {BLOCK_SIZE * count} subset models", highlight=False)
+    models = Counter[str]()
+    for name in store.names("campaigns"):
+        campaign, folder, _ = name.split("/", 2)
+        models[campaign] += BLOCK_SIZE if folder == "blocks" else 1
+    for campaign, count in models.items():
+        console.print(f"campaign {campaign[:8]}: {count} subset models", highlight=False)
     seconds = sum(results.get_row(store, name).provenance["seconds"] for name in present)
     console.print(f"{len(present)} runs, {seconds:.0f} s of training in them", highlight=False)
     for name, attempt in failed.items():

@@ -18,12 +18,11 @@ from jobs.progress import bars, console
 from jobs.session import Session
 from orchestrator import plan as planning
 from orchestrator.experiment import Outcome, Task, Workspace, memorization_scores, put_failure
-from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.plan import ScoresSummary
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
 
-NAMES = {"block": "subset models", "original": "originals", "run": "references", "localization": "localizations"}
+NAMES = {"model": "subset models", "original": "originals", "run": "references", "localization": "localizations"}
 
 
 @dataclass
@@ -74,14 +73,17 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     tasks = plan.missing(wanted(plan))
     if any(task.kind == "run" for task in tasks):
         print_campaign(session)
-    early = [task for task in tasks if task.kind in ("block", "original")]
+    early = plan.models(task for task in tasks if task.kind == "block")
+    early += [task for task in tasks if task.kind == "original"]
     late = [[task for task in tasks if task.kind == kind] for kind in ("run", "localization")]
     bases, built = _by_base(late[1])
     with Pool(cluster, Workspace, (session.dataset, session.context, device_of(cluster))) as pool:
         console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s")
         _perform(session, pool, early, cost)
-        if any(task.kind == "block" for task in early):
+        if any(task.kind == "model" for task in early):
             _print_utilisation(cost.outcomes, cluster.workers)
+        if cost.failures:
+            return  # the rest depends on what failed
         if late[0] or late[1]:
             ensure_scores(session)
             _perform(session, pool, late[0] + bases, cost)
@@ -102,10 +104,10 @@ def deaths(session: Session, done: Callable[[Outcome], None]) -> Iterator[None]:
 def print_campaign(session: Session) -> None:
     """Say that subset models are trained first, where a forget set needs their scores, and what would do it alone."""
     plan = session.plan
-    if plan.needs_scores and (missing := plan.missing(plan.blocks())):
+    if plan.needs_scores and (missing := plan.campaign_counts()["missing"]):
         names = ", ".join(rule.name for rule in session.study.forget_sets if "memorization" in rule.entry.inputs)
         console.print(
-            f"forget set {names} needs memorization scores: {BLOCK_SIZE * len(missing)} subset models come first "
+            f"forget set {names} needs memorization scores: {missing} subset models come first "
             f"(`unlearn memorize {session.study.recipe}` with the same options trains them alone)",
             highlight=False,
         )
@@ -119,12 +121,12 @@ def _by_base(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
 def _perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost: Cost) -> None:
     totals = Counter[str]()
     for task in tasks:
-        totals[NAMES[task.kind]] += _steps(task.kind)
+        totals[NAMES[task.kind]] += 1
     with bars(totals) as advance:
 
         def done(outcome: Outcome) -> None:
             cost.outcomes.append(outcome)
-            advance(NAMES[outcome.kind], _steps(outcome.kind))
+            advance(NAMES[outcome.kind], 1)
             if outcome.error:
                 print_failure(outcome)
 
@@ -138,14 +140,10 @@ def print_failure(outcome: Outcome) -> None:
     console.print(f"[red]failed[/red] {escape(said)}", highlight=False)
 
 
-def _steps(kind: str) -> int:
-    return BLOCK_SIZE if kind == "block" else 1
-
-
 def utilisation(outcomes: Sequence[Outcome], workers: int) -> float:
-    """Share of the campaign's worker-seconds, first block begun to last returned, spent in training and prediction."""
-    blocks = [outcome for outcome in outcomes if outcome.kind == "block"]
-    begin, end = min(o.began for o in blocks), max(o.began + o.seconds for o in blocks)
+    """Share of the campaign's worker-seconds, first model begun to last returned, spent in training and prediction."""
+    models = [outcome for outcome in outcomes if outcome.kind == "model"]
+    begin, end = min(o.began for o in models), max(o.began + o.seconds for o in models)
     busy = 0.0
     for outcome in outcomes:
         inside = min(end, outcome.began + outcome.seconds) - max(begin, outcome.began)
@@ -154,12 +152,12 @@ def utilisation(outcomes: Sequence[Outcome], workers: int) -> float:
 
 
 def _print_utilisation(outcomes: Sequence[Outcome], workers: int) -> None:
-    blocks = [outcome for outcome in outcomes if outcome.kind == "block" and not outcome.error]
-    if blocks:
+    models = [outcome for outcome in outcomes if outcome.kind == "model" and outcome.models]
+    if models:
         share = utilisation(outcomes, workers)
-        per_model = sum(o.cpu_seconds for o in blocks) / sum(o.models for o in blocks)
+        per_model = sum(o.cpu_seconds for o in models) / len(models)
         console.print(
-            f"{sum(o.models for o in blocks)} subset models, {per_model:.2f} CPU s each; "
+            f"{len(models)} subset models, {per_model:.2f} CPU s each; "
             f"{share:.1%} of worker time in training and prediction",
             highlight=False,
         )
@@ -205,12 +203,10 @@ def print_overlaps(session: Session) -> None:
 
 def print_plan(session: Session) -> None:
     """What a dry run says: per wave, what is in the store and what would be computed."""
-    for name, counts in session.plan.counts().items():
+    waves = session.plan.counts()
+    for name, counts in waves.items():
         console.print(f"{name}: {counts['done']} in the store, {counts['missing']} to compute", highlight=False)
-    blocks = session.plan.counts()["subset-model blocks"]["missing"]
-    models = BLOCK_SIZE * blocks + sum(
-        session.plan.counts()[name]["missing"] for name in ("originals", "references", "runs")
-    )
+    models = sum(counts["missing"] for name, counts in waves.items() if name != "localizations")
     console.print(f"models to train: {models}", highlight=False)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from orchestrator import pipeline, results
 from orchestrator.data import Dataset, Splits
 from orchestrator.localization import Scores, rank
-from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.memorization import BLOCK_SIZE, block_membership
 from orchestrator.metrics import METRICS
 from orchestrator.models import head_names
 from orchestrator.pipeline import ChangedExamplesError, Finished, Lab, single_thread, split_examples
@@ -56,16 +56,21 @@ def forget_indices(dataset: Dataset, spec: ForgetSpec, scores: np.ndarray | None
 
 # ---- tasks ---------------------------------------------------------------------------------------------------------
 
-Kind = Literal["block", "original", "localization", "run"]
+Kind = Literal["model", "block", "original", "localization", "run"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A unit of work: one block of subset models, one original, one localization, or one run."""
+    """A unit of work: one subset model, one original, one localization, or one run.
+
+    Ten subset models make a block, which the worker that finishes the last of them puts together: a block is what a
+    campaign consists of, and its models are what workers are given.
+    """
 
     kind: Kind
     spec: CampaignSpec | OriginalSpec | LocalizationSpec | RunSpec
     block: int = 0
+    member: int = 0
 
     @property
     def label(self) -> str:
@@ -74,18 +79,24 @@ class Task:
             return f"{self.spec.method.name} on {self.spec.forget.rule.name}, seed {self.spec.seed}"
         if isinstance(self.spec, LocalizationSpec):
             return f"{self.spec.strategy.name} on {self.spec.forget.rule.name}"
-        return f"block {self.block}" if self.kind == "block" else f"seed {self.spec.seed}"
+        return f"{self.member} of block {self.block}" if self.kind == "model" else f"seed {self.spec.seed}"
 
     @property
     def object_name(self) -> str:
         """The stored object that says the task is done."""
         name = key(self.spec)
         return {
+            "model": f"{parts_of(name, self.block)}/{self.member}.safetensors",
             "block": f"campaigns/{name}/blocks/{self.block}.safetensors",
             "original": f"models/{name}.safetensors",
             "localization": f"localizations/{name}.safetensors",
             "run": f"rows/{name}.json",
         }[self.kind]
+
+
+def parts_of(campaign: str, block: int) -> str:
+    """The folder of the models of a block that is not complete yet."""
+    return f"campaigns/{campaign}/parts/{block}"
 
 
 @dataclass(frozen=True)
@@ -161,21 +172,51 @@ class Workspace:
         yield
         self._training_seconds += time.perf_counter() - start
 
-    def _block(self, task: Task) -> int:
+    def _model(self, task: Task) -> int:
         assert isinstance(task.spec, CampaignSpec)
-        with self._timed():
-            setting = task.spec.setting
-            arrays = pipeline.train_block(
-                self.lab,
-                setting.model,
-                setting.training.build(),
-                fraction=task.spec.fraction,
-                seed=task.spec.seed,
-                block=task.block,
-            )
-        metadata = {"host": socket.gethostname(), "numerics": self.lab.numerics}
-        self.store.put(task.object_name, results.pack(arrays, metadata))
-        return BLOCK_SIZE
+        trained = 0
+        if not self.store.exists(task.object_name):
+            spec, setting = task.spec, task.spec.setting
+            with self._timed():
+                arrays = pipeline.train_subset_model(
+                    self.lab,
+                    setting.model,
+                    setting.training.build(),
+                    self._membership(spec, task.block)[task.member],
+                    fraction=spec.fraction,
+                    stream=generator(spec.seed, "subset model", task.block, task.member),
+                )
+            metadata = {"host": socket.gethostname(), "numerics": self.lab.numerics}
+            self.store.put(task.object_name, results.pack(arrays, metadata))
+            trained = 1
+        self._put_together(task.spec, task.block)
+        return trained
+
+    def _membership(self, spec: CampaignSpec, block: int) -> np.ndarray:
+        labels = self.lab.dataset.split_labels("train")
+        return self._kept_or(
+            f"{key(spec)} block {block}", lambda: block_membership(labels, spec.fraction, spec.seed, block)
+        )
+
+    def _put_together(self, spec: CampaignSpec, block: int) -> None:
+        """Store a block whose ten models are there, and remove them; two workers may both try, to the same end."""
+        folder = parts_of(key(spec), block)
+        if len(self.store.names(folder)) < BLOCK_SIZE:
+            return
+        names = [f"{folder}/{member}.safetensors" for member in range(BLOCK_SIZE)]
+        whole = Task("block", spec, block).object_name
+        try:
+            parts = [results.unpack(self.store, name) for name in names]
+        except FileNotFoundError:
+            if self.store.exists(whole):
+                return
+            raise
+        arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        metadata = results.metadata_of(self.store, names[0]) if not self.store.exists(whole) else {}
+        if not self.store.exists(whole):
+            self.store.put(whole, results.pack({"membership": self._membership(spec, block), **arrays}, metadata))
+        for name in names:
+            self.store.delete(name)
 
     def _original(self, task: Task) -> int:
         assert isinstance(task.spec, OriginalSpec)

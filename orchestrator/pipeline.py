@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from orchestrator.data import Dataset, Examples, Outputs, SplitOutputs, Splits
 from orchestrator.localization import Scores, localize
-from orchestrator.memorization import block_membership
 from orchestrator.models import Factory, factory
 from orchestrator.registry import Choice
 from orchestrator.seeds import generator
@@ -72,32 +71,29 @@ def train_original(lab: Lab, model: Choice, training: Training, seed: int) -> nn
     return fit(lab.fresh(model)(stream), examples, training=training, generator=stream)
 
 
-def train_block(
-    lab: Lab, model: Choice, training: Training, *, fraction: float, seed: int, block: int
+def train_subset_model(
+    lab: Lab, model: Choice, training: Training, members: np.ndarray, *, fraction: float, stream: torch.Generator
 ) -> dict[str, np.ndarray]:
-    """Train the ten subset models of a block.
+    """Train a model on the training examples marked in `members`, bool [n].
 
-    Returns membership bool [10, n], train and test logits float16 [10, n, classes], and per model the accuracy on
-    its subset, on test, and its seconds (float64 [10] each). Every model takes the same number of full batches.
+    Returns train and test logits float16 [n, classes], and as float64 the accuracy on its subset, on test, and its
+    seconds. Subsets whose sizes differ by one take the same number of full batches.
     """
     train, test = lab.examples("train"), lab.examples("test")
-    membership = block_membership(lab.dataset.split_labels("train"), fraction, seed, block)
     num_batches = max(1, int(np.floor(len(train) * fraction)) // training.batch_size)
-    arrays: dict[str, list[Any]] = {name: [] for name in ("train", "test", "in_accuracy", "test_accuracy", "seconds")}
-    for index, members in enumerate(membership):
-        start = time.perf_counter()
-        stream = generator(seed, "subset model", block, index)
-        made = lab.fresh(model)(stream)
-        subset = train.take(np.flatnonzero(members)).augmented(training.augment)
-        fit(made, subset, training=training, generator=stream, num_batches=num_batches)
-        logits, test_logits = half(predict(made, train)), half(predict(made, test))
-        right = logits.argmax(axis=1) == train.labels.cpu().numpy()
-        arrays["train"].append(logits)
-        arrays["test"].append(test_logits)
-        arrays["in_accuracy"].append(right[members].mean())
-        arrays["test_accuracy"].append((test_logits.argmax(axis=1) == test.labels.cpu().numpy()).mean())
-        arrays["seconds"].append(time.perf_counter() - start)
-    return {"membership": membership, **{name: np.stack(parts) for name, parts in arrays.items()}}
+    start = time.perf_counter()
+    made = lab.fresh(model)(stream)
+    subset = train.take(np.flatnonzero(members)).augmented(training.augment)
+    fit(made, subset, training=training, generator=stream, num_batches=num_batches)
+    logits, test_logits = half(predict(made, train)), half(predict(made, test))
+    right = logits.argmax(axis=1) == train.labels.cpu().numpy()
+    return {
+        "train": logits,
+        "test": test_logits,
+        "in_accuracy": np.array(right[members].mean()),
+        "test_accuracy": np.array((test_logits.argmax(axis=1) == test.labels.cpu().numpy()).mean()),
+        "seconds": np.array(time.perf_counter() - start),
+    }
 
 
 def split_examples(lab: Lab, forget: np.ndarray) -> Splits:

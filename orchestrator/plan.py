@@ -54,6 +54,15 @@ class Plan:
         spec = self.study.campaign_spec(self.fingerprint)
         return [Task("block", spec, block) for block in range(self.study.campaign.blocks)]
 
+    def models(self, blocks: Iterable[Task]) -> list[Task]:
+        """The subset models that blocks which are not there still need, at least one of each."""
+        tasks = []
+        for block in blocks:
+            assert isinstance(block.spec, CampaignSpec)
+            members = [Task("model", block.spec, block.block, member) for member in range(BLOCK_SIZE)]
+            tasks += self.missing(members) or members[-1:]  # where all are there, one to put them together
+        return tasks
+
     def originals(self) -> list[Task]:
         return [Task("original", spec) for spec in self.study.originals(self.fingerprint)]
 
@@ -78,9 +87,8 @@ class Plan:
         return Sweep(name, self.study.recipe, tuple(members), self.study.model_dump(mode="json"), provenance)
 
     def waves(self) -> dict[str, list[Task]]:
-        """All tasks by what they are, in the order in which they must be done."""
+        """All tasks but subset models by what they are, in the order in which they must be done."""
         return {
-            "subset-model blocks": self.blocks() if self.needs_scores else [],
             "originals": self.originals(),
             "references": self.references(),
             "localizations": self.localizations(),
@@ -89,11 +97,16 @@ class Plan:
 
     def counts(self) -> dict[str, Counter[str]]:
         """Per wave, how many tasks are done and missing."""
-        waves = {}
+        waves = {"subset models": self.campaign_counts()} if self.needs_scores else {}
         for name, tasks in self.waves().items():
             missing = len(self.missing(tasks))
             waves[name] = Counter(done=len(tasks) - missing, missing=missing)
         return waves
+
+    def campaign_counts(self) -> Counter[str]:
+        """How many subset models are done and missing."""
+        missing = self.missing(self.models(self.missing(self.blocks())))
+        return Counter(done=self.study.campaign.models - len(missing), missing=len(missing))
 
 
 def make(study: Study, dataset: Dataset, store: Store) -> Plan:
@@ -119,7 +132,8 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     for name in finished:
         results.get_row(store, name)
     results.check_outputs(store, finished)
-    needed = [task.object_name for tasks in plan.waves().values() for task in tasks if task.kind != "run"]
+    tasks = [*plan.blocks(), *plan.models(plan.missing(plan.blocks())), *plan.originals(), *plan.localizations()]
+    needed = [task.object_name for task in tasks]
     results.check_arrays(store, [name for name in needed if name in present])
     return plan
 

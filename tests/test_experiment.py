@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,10 @@ from orchestrator import results
 from orchestrator.data import DATASETS, Dataset, Examples
 from orchestrator.experiment import Context, Outcome, Task, Workspace
 from orchestrator.localization import STRATEGIES
+from orchestrator.plan import Plan
+from orchestrator.recipes import RECIPES
 from orchestrator.specs import (
+    CampaignSpec,
     ForgetSet,
     ForgetSpec,
     MaskSpec,
@@ -186,3 +189,61 @@ def test_localizations_are_shared_by_seeds_unless_they_draw(dataset: Dataset) ->
         return {key(run.localization) for run in runs if run.localization is not None}
 
     assert [len(keys(name)) for name in ("weighted_gradient", "critmem", "random")] == [1, 1, 3]
+
+
+# ---- blocks of subset models ---------------------------------------------------------------------------------------
+
+
+def campaign_of(dataset: Dataset) -> CampaignSpec:
+    return CampaignSpec(setting=run_of(dataset, "finetune").setting)
+
+
+def block_from(
+    dataset: Dataset, folder: Path, order: Sequence[int], workers: int = 1
+) -> tuple[bytes, list[Outcome], Store]:
+    """A block whose models are trained in an order, dealt to workers in turn, without what says how long they took."""
+    store, campaign = Store(str(folder)), campaign_of(dataset)
+    workspaces = [Workspace(dataset, Context(store)) for _ in range(workers)]
+    tasks = [Task("model", campaign, 3, member) for member in order]
+    outcomes = [workspaces[place % workers].perform(task) for place, task in enumerate(tasks)]
+    arrays = results.unpack(store, Task("block", campaign, 3).object_name)
+    return results.pack({name: array for name, array in arrays.items() if name != "seconds"}), outcomes, store
+
+
+def test_a_block_is_the_same_whatever_the_order_and_the_workers_of_its_models(dataset: Dataset, tmp_path: Path) -> None:
+    first, outcomes, store = block_from(dataset, tmp_path / "one", range(10))
+    assert [outcome.models for outcome in outcomes] == [1] * 10
+    assert {outcome.error for outcome in outcomes} == {None}
+    assert [name for name in store.names("campaigns") if "/parts/" in name] == []
+    assert first == block_from(dataset, tmp_path / "other", [7, 3, 9, 0, 1, 8, 2, 6, 5, 4], workers=3)[0]
+    arrays = results.unpack(store, Task("block", campaign_of(dataset), 3).object_name)
+    assert (arrays["membership"].sum(axis=0) == 7).all()
+    right = arrays["train"].argmax(axis=2) == dataset.split_labels("train")
+    shares = [right[member][arrays["membership"][member].astype(bool)].mean() for member in range(10)]
+    assert arrays["in_accuracy"].tolist() == pytest.approx(shares)
+
+
+def test_what_a_killed_campaign_left_is_gone_on_from(dataset: Dataset, tmp_path: Path) -> None:
+    """Models of an incomplete block count; a block that was never put together is, without training."""
+    whole, _, store = block_from(dataset, tmp_path / "one", range(10))
+    campaign, other = campaign_of(dataset), Store(str(tmp_path / "two"))
+    workspace = Workspace(dataset, Context(other))
+    for member in (4, 0):
+        assert workspace.perform(Task("model", campaign, 3, member)).error is None
+    plan = replace_present(dataset, other)
+    assert [task.member for task in plan.models([Task("block", campaign, 3)])] == [1, 2, 3, 5, 6, 7, 8, 9]
+    for member in (1, 2, 3, 5, 6, 7, 8):
+        workspace.perform(Task("model", campaign, 3, member))
+    arrays = results.unpack(store, Task("block", campaign, 3).object_name)
+    last = {name: array[9] for name, array in arrays.items() if name != "membership"}
+    other.put(Task("model", campaign, 3, 9).object_name, results.pack(last))  # and then it was killed
+    (left,) = replace_present(dataset, other).models([Task("block", campaign, 3)])
+    assert workspace.perform(left).models == 0
+    found = results.unpack(other, Task("block", campaign, 3).object_name)
+    assert whole == results.pack({name: array for name, array in found.items() if name != "seconds"})
+    assert [name for name in other.names("campaigns") if "/parts/" in name] == []
+
+
+def replace_present(dataset: Dataset, store: Store) -> Plan:
+    present = frozenset(f"campaigns/{name}" for name in store.names("campaigns"))
+    return Plan(RECIPES["digits"].function(), dataset.fingerprint, present)

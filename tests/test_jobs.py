@@ -116,14 +116,20 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_rows_and_scores(finished:
     store = tmp_path / "store"
     words = ["sweep", "digits", *OPTIONS, "--storage", str(store), "--workers", "2"]
     kill_when(command(*words), store, "campaigns/*/blocks/*.safetensors", 1)  # in memorize
-    blocks = contents(store, "campaigns", ".safetensors")
+    models = contents(store, "campaigns", ".safetensors")  # a block, and single models of the next
+    blocks = {name: content for name, content in models.items() if "/blocks/" in name}
+    finished_models = 10 * len(blocks) + len(models) - len(blocks)
     assert not (store / "scores").exists()
+    left = run("sweep", "digits", *OPTIONS, "--storage", str(store), "--dry-run").stdout
+    assert f"subset models: {finished_models} in the store, {20 - finished_models} to compute" in left
     kill_when(command(*words), store, "rows/*.json", 12)  # in the sweep: there are four references
     stamps = {path: path.stat().st_mtime_ns for path in (store / "rows").glob("*.json")}
     assert 12 <= len(stamps) < NUM_RUNS
     done = run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert blocks.items() <= contents(store, "campaigns", ".safetensors").items(), "a block was trained twice"
+    whole = contents(store, "campaigns", ".safetensors")
+    assert blocks.items() <= whole.items(), "a block was trained twice"
+    assert not any("/parts/" in name for name in whole), "models that are in a block are kept twice"
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items()), "a run was computed twice"
     assert rows(store) == rows(finished)
     assert contents(store, "outputs", ".safetensors") == contents(finished, "outputs", ".safetensors")

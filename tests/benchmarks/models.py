@@ -70,13 +70,14 @@ def pooled(study: Study, dataset: Dataset, cluster: Cluster, folder: str, blocks
 
     store = Store(folder)
     campaign = study.campaign_spec(dataset.fingerprint)
-    tasks = [Task("block", campaign, block) for block in range(blocks)]
+    tasks = [Task("model", campaign, block, member) for block in range(blocks) for member in range(10)]
     with Pool(cluster, Workspace, (dataset, Context(store), "cpu")) as pool:
         start = time.perf_counter()
         outcomes = pool.map(Workspace.perform, tasks)
         seconds = time.perf_counter() - start
     assert not any(outcome.error for outcome in outcomes)
-    accuracies = [unpack(store, task.object_name)["in_accuracy"].mean() for task in tasks]
+    whole = [Task("block", campaign, block).object_name for block in range(blocks)]
+    accuracies = [unpack(store, name)["in_accuracy"].mean() for name in whole]
     return seconds / (10 * blocks), float(np.mean(accuracies))
 
 
