@@ -76,13 +76,25 @@ def memorize(
     address: Address = None,
     plugin: Plugins = None,
     dry_run: DryRun = False,
+    models: Annotated[
+        int | None, typer.Option(min=10, help="Subset models, a multiple of ten; with a target: at most.")
+    ] = None,
+    target_se: Annotated[
+        float | None, typer.Option(min=0, help="Grow until the mean standard error of the scores is at most this.")
+    ] = None,
+    target_split_half: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Grow until the halves' rank correlation is at least this.")
+    ] = None,
+    budget_hours: Annotated[float | None, typer.Option(min=0, help="Grow for at most so many hours.")] = None,
 ) -> None:
     """Train subset models on Ray and store Feldman-Zhang memorization scores with intervals."""
     from jobs import memorize as job
     from jobs.session import Options
 
+    chosen = [*(assignments or ()), *([f"campaign.models={models}"] if models is not None else [])]
     job.run(
-        Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run)
+        Options(recipe, chosen, storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run),
+        job.Goal(models, target_se, target_split_half, budget_hours),
     )
 
 

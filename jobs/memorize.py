@@ -1,16 +1,52 @@
-"""`unlearn memorize`: subset models and memorization scores."""
+"""`unlearn memorize`: subset models and memorization scores, as many as asked for or until they are good enough."""
 
 from __future__ import annotations
 
+import math
+import time
+from dataclasses import dataclass
+
 from jobs import work
 from jobs.progress import console
-from jobs.session import Options, open_session
+from jobs.session import Options, Session, open_session
 from orchestrator import plan as planning
+from orchestrator.experiment import Task, Workspace
+from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.plan import ScoresSummary, Tally
+from orchestrator.pool import Cluster, Pool
+
+MOST_MODELS = 100_000  # of a campaign with a target and no --models
+_GROWTH = 0.2  # of a round: short enough to stop in time, long enough that its end costs little
 
 
-def run(options: Options) -> None:
+@dataclass(frozen=True)
+class Goal:
+    """When a campaign that grows has enough: at the first of these. `models` alone asks for a number."""
+
+    models: int | None = None
+    standard_error: float | None = None
+    split_half: float | None = None
+    hours: float | None = None
+
+    @property
+    def grows(self) -> bool:
+        return any(target is not None for target in (self.standard_error, self.split_half, self.hours))
+
+    def met(self, summary: ScoresSummary) -> str | None:
+        """Which target the scores meet, in words."""
+        if self.standard_error is not None and (summary.standard_error or math.inf) <= self.standard_error:
+            return f"mean standard error {summary.standard_error:.4f} is at most {self.standard_error:g}"
+        if self.split_half is not None and (summary.split_half or -1) >= self.split_half:
+            return f"split-half rank correlation {summary.split_half:.3f} is at least {self.split_half:g}"
+        return None
+
+
+def run(options: Options, goal: Goal = Goal()) -> None:
     """Train the missing blocks of the campaign, then estimate and store the scores."""
     session = open_session(options)
+    if goal.grows:
+        _grow(session, goal)
+        return
     if options.dry_run:
         counts = session.plan.campaign_counts()
         console.print(f"subset models: {counts['done']} in the store, {counts['missing']} to train", highlight=False)
@@ -23,3 +59,75 @@ def run(options: Options) -> None:
         spec = session.study.scores_spec(session.dataset.fingerprint)
         work.print_scores(planning.scores(session.store, spec, session.dataset))
     work.conclude(cost)
+
+
+def _grow(session: Session, goal: Goal) -> None:
+    """Add blocks in rounds until a target is met; blocks that are in the store are read first."""
+    campaign = session.study.campaign_spec(session.dataset.fingerprint)
+    most = (goal.models or MOST_MODELS) // BLOCK_SIZE
+    begin, tally, cost = time.monotonic(), Tally(session.store, campaign, session.dataset), work.Cost()
+    while tally.blocks < most and Task("block", campaign, tally.blocks).object_name in session.plan.present:
+        tally.add()
+        cost.cached += 1
+    reason = _enough(tally, goal, most, begin)
+    if session.options.dry_run:
+        state = f"enough: {reason}" if reason else "more are needed"
+        console.print(f"{BLOCK_SIZE * tally.blocks} subset models in the store; {state}", highlight=False)
+        return
+    if reason is None:
+        with work.cluster_of(session) as cluster:
+            reason = _rounds(session, cluster, goal, tally, most, begin, cost)
+    if tally.blocks:
+        work.print_scores(planning.put_scores(tally))
+        console.print(
+            f"stopped at {BLOCK_SIZE * tally.blocks} models: {reason}. Intervals are nominal: stopping looked at the "
+            f"scores. Use them with --set campaign.models={BLOCK_SIZE * tally.blocks}",
+            highlight=False,
+        )
+    work.conclude(cost)
+
+
+def _enough(tally: Tally, goal: Goal, most: int, begin: float) -> str | None:
+    if tally.blocks and (met := goal.met(tally.summary())):
+        return met
+    if tally.blocks >= most:
+        return f"--models {BLOCK_SIZE * most}"
+    if tally.blocks and goal.hours is not None and time.monotonic() - begin >= 3600 * goal.hours:
+        return f"--budget-hours {goal.hours:g}"
+    return None
+
+
+def _rounds(
+    session: Session, cluster: Cluster, goal: Goal, tally: Tally, most: int, begin: float, cost: work.Cost
+) -> str:
+    inputs = (session.dataset, session.context, work.device_of(cluster))
+    with Pool(cluster, Workspace, inputs) as pool:
+        console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s", highlight=False)
+        while True:
+            number = _round(cluster, goal, tally, most, begin)
+            if number == 0:
+                return f"another block would take longer than --budget-hours {goal.hours:g} leave"
+            blocks = [Task("block", tally.campaign, tally.blocks + place) for place in range(number)]
+            work.perform(session, pool, session.plan.models(session.plan.missing(blocks)), cost)
+            if cost.failures:
+                return "a model failed"
+            for _ in blocks:
+                tally.add()
+            if reason := _enough(tally, goal, most, begin):
+                return reason
+            summary = tally.summary()
+            halves = "" if summary.split_half is None else f", split-half rank correlation {summary.split_half:.3f}"
+            console.print(
+                f"{summary.models} models: mean standard error {summary.standard_error:.4f}{halves}", highlight=False
+            )
+
+
+def _round(cluster: Cluster, goal: Goal, tally: Tally, most: int, begin: float) -> int:
+    """How many blocks to train next: a share of what there is, enough for every worker, and what time allows."""
+    number = max(math.ceil(cluster.workers / BLOCK_SIZE), math.ceil(_GROWTH * tally.blocks))
+    number = min(number, most - tally.blocks)
+    if goal.hours is not None and tally.blocks:
+        per_block = tally.seconds / tally.blocks / cluster.workers
+        left = begin + 3600 * goal.hours - time.monotonic()
+        number = min(number, max(0, int(left / max(per_block, 1e-9))))
+    return number

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,21 @@ from jobs.session import Options, Session, existing_store, open_session, open_st
 from orchestrator import export, results
 from orchestrator.data import SplitOutputs
 from orchestrator.experiment import forget_indices, make_row, memorization_scores
-from orchestrator.offline import FORMAT
+from orchestrator.offline import FORMAT, labels_digest, load_plugins
 from orchestrator.pipeline import Finished, Layer
 from orchestrator.plan import Plan
-from orchestrator.registry import InputError, Plugin, load_plugin
+from orchestrator.registry import InputError
 from orchestrator.specs import RunSpec, key
 from orchestrator.store import Store
-from orchestrator.study import Study
+from orchestrator.study import Study, checked
 
 
 def run(options: Options, out: Path) -> None:
     """Write what is missing of a study as a work order: references first, then the runs."""
     session = open_session(options)
     order = _order(session)
-    if options.dry_run:
-        console.print(f"{len(order['runs'])} runs to pack", highlight=False)
+    if options.dry_run or not order["runs"]:
+        console.print(f"{len(order['runs']) or 'no'} runs are missing in {session.store.root}", highlight=False)
         return
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,7 @@ def _order(session: Session) -> dict[str, Any]:
         "fingerprint": fingerprint,
         "plugins": [asdict(plugin) for plugin in session.context.plugins],
         "git_commit": session.context.git_commit,
+        "labels": labels_digest(session.dataset),
         "forget_sets": forget_sets,
         "runs": [_packed(name, arm, spec) for name, (arm, spec) in chosen.items()],
     }
@@ -102,11 +105,13 @@ def unpack(parts: Sequence[Path], storage: str) -> None:
     read = [(path, *_read(path)) for path in parts]
     added = 0
     for path, facts, arrays in read:
-        for plugin in facts["plugins"]:
-            load_plugin(Plugin(**plugin))
-        study = Study(**facts["study"])
-        for run in facts["runs"]:
-            added += _put(store, study, facts, run, arrays, path)
+        study = _study(facts, path)
+        checked_runs = [_spec(facts, run, path) for run in facts["runs"]]
+        outputs = [_outputs(run["id"], arrays, path) for run in facts["runs"]]
+        for run, spec, found in zip(facts["runs"], checked_runs, outputs, strict=True):
+            added += _put(store, study, facts, run, spec, found)
+        for run in facts["failed"]:
+            _put_failed(store, facts, run, _spec(facts, run, path))
         now = time.time()
         sweep = Plan(study, facts["fingerprint"], frozenset()).sweep(
             {"command": "unlearn unpack", "host": facts["host"], "created_at": now}
@@ -114,22 +119,51 @@ def unpack(parts: Sequence[Path], storage: str) -> None:
         if results.get_sweep(store, sweep.key) is None:
             results.put_sweep(store, sweep)
     total = sum(len(facts["runs"]) for _, facts, _ in read)
+    failed = sum(len(facts["failed"]) for _, facts, _ in read)
     export.export(existing_store(storage))
-    console.print(f"{added} of {total} runs were new to {store.root}; exports are written", highlight=False)
+    more = f"; {failed} failed there, `unlearn status` shows them" if failed else ""
+    console.print(f"{added} of {total} runs were new to {store.root}; exports are written{more}", highlight=False)
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+_FACTS = {"study", "plugins", "fingerprint", "numerics", "host", "git_commit", "runs", "failed"}
+_RUN = {"id", "arm", "spec", "series", "measurements", "layers", "seconds", "localization_seconds", "finished_at"}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    import zipfile
-
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         facts: dict[str, Any] = json.loads(arrays.pop("json").tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read: {error}; give files that orchestrator.offline wrote") from None
-    if facts.get("format") != FORMAT:
-        raise InputError(f"{path} is of another version of this code ({facts.get('format')}); here it is {FORMAT}")
+        known = facts.get("format")
+    except _UNREADABLE as error:
+        reason = error.strerror if isinstance(error, OSError) else "damaged, or no part"
+        raise InputError(f"{path} cannot be read ({reason}); give part-*.npz that orchestrator.offline wrote") from None
+    if known != FORMAT:
+        raise InputError(f"{path} is of another version of this code ({known}); here it is {FORMAT}")
+    if not set(facts) >= _FACTS or not all(set(run) >= _RUN for run in facts["runs"]):
+        raise InputError(f"{path} is not whole: facts are missing; have its runs performed again")
     return facts, arrays
+
+
+def _study(facts: Mapping[str, Any], path: Path) -> Study:
+    load_plugins(facts["plugins"])
+    try:
+        return checked(lambda: Study(**facts["study"]))
+    except InputError as error:
+        raise InputError(f"{path} is of a study that this code does not know: {error}") from None
+
+
+def _spec(facts: Mapping[str, Any], run: Mapping[str, Any], path: Path) -> RunSpec:
+    """What a run is by this code, on the data that it was performed on."""
+    plain = run["spec"]
+    try:
+        spec = checked(lambda: RunSpec(**{**plain, "setting": {**plain["setting"], "data": facts["fingerprint"]}}))
+    except InputError as error:
+        raise InputError(f"{path}: run {run['id'][:8]} is none that this code knows: {error}") from None
+    if facts["fingerprint"] == plain["setting"]["data"] and key(spec) != run["id"]:
+        raise InputError(f"{path}: run {run['id'][:8]} is {key(spec)[:8]} by this code: another version packed it")
+    return spec
 
 
 def _put(
@@ -137,32 +171,41 @@ def _put(
     study: Study,
     facts: Mapping[str, Any],
     run: Mapping[str, Any],
-    arrays: Mapping[str, np.ndarray],
-    path: Path,
+    spec: RunSpec,
+    outputs: Mapping[str, SplitOutputs],
 ) -> bool:
-    plain = run["spec"]
-    spec = RunSpec(**{**plain, "setting": {**plain["setting"], "data": facts["fingerprint"]}})
     name = key(spec)
-    if facts["fingerprint"] == plain["setting"]["data"] and name != run["id"]:
-        raise InputError(f"{path}: run {run['id'][:8]} is {name[:8]} by this code: it was packed by another version")
-    if name in results.row_keys(store):
+    if store.exists(f"rows/{name}.json"):
         return False
-    outputs = dict(_outputs(run["id"], arrays))
-    results.put_outputs(store, name, outputs)
-    finished = Finished(
-        None, outputs, run["series"], run["measurements"], tuple(Layer(**x) for x in run["layers"]), run["seconds"]
-    )
+    layers = tuple(Layer(**layer) for layer in run["layers"])
+    finished = Finished(None, outputs, run["series"], run["measurements"], layers, run["seconds"])
     provenance = {
         "data": study.data.label,
         "model": spec.setting.model.label,
         **{field: run[field] for field in ("seconds", "localization_seconds", "finished_at")},
         **{field: facts[field] for field in ("host", "numerics", "git_commit")},
     }
+    results.put_outputs(store, name, outputs)
     results.put_row(store, make_row(name, spec, finished, provenance))
     return True
 
 
-def _outputs(name: str, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[str, SplitOutputs]]:
+def _put_failed(store: Store, facts: Mapping[str, Any], run: Mapping[str, Any], spec: RunSpec) -> None:
+    provenance = {"host": facts["host"], "time": run["time"], "kind": "run", "traceback": run["traceback"]}
+    attempt = results.Attempt(key(spec), spec.model_dump(mode="json"), "failed", run["error"], provenance)
+    known = results.get_attempts(store).get(key(spec), [])
+    if all(other.provenance.get("time") != run["time"] for other in known):
+        results.put_attempt(store, attempt)
+
+
+def _outputs(name: str, arrays: Mapping[str, np.ndarray], path: Path) -> dict[str, SplitOutputs]:
+    found = {}
     for split in sorted({part.split("/")[1] for part in arrays if part.startswith(f"{name}/")}):
-        logits, labels, true_labels = (arrays[f"{name}/{split}/{kind}"] for kind in ("logits", "labels", "true_labels"))
-        yield split, SplitOutputs(logits, labels.astype(np.int64), true_labels.astype(np.int64))
+        try:
+            logits, *labels = (arrays[f"{name}/{split}/{kind}"] for kind in ("logits", "labels", "true_labels"))
+            found[split] = SplitOutputs(logits, *(part.astype(np.int64) for part in labels))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path}: the outputs of run {name[:8]} are not whole ({error})") from None
+    if not {"forget", "retain", "test"} <= set(found):
+        raise InputError(f"{path}: the outputs of run {name[:8]} are not there")
+    return found

@@ -79,15 +79,15 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     bases, built = _by_base(late[1])
     with Pool(cluster, Workspace, (session.dataset, session.context, device_of(cluster))) as pool:
         console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s")
-        _perform(session, pool, early, cost)
+        perform(session, pool, early, cost)
         if any(task.kind == "model" for task in early):
             _print_utilisation(cost.outcomes, cluster.workers)
         if cost.failures:
             return  # the rest depends on what failed
         if late[0] or late[1]:
             ensure_scores(session)
-            _perform(session, pool, late[0] + bases, cost)
-            _perform(session, pool, built, cost)
+            perform(session, pool, late[0] + bases, cost)
+            perform(session, pool, built, cost)
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _by_base(tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
     return bases, [task for task in tasks if task not in bases]
 
 
-def _perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost: Cost) -> None:
+def perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost: Cost) -> None:
     totals = Counter[str]()
     for task in tasks:
         totals[NAMES[task.kind]] += 1
@@ -176,6 +176,10 @@ def print_scores(summary: ScoresSummary) -> None:
         "" if summary.hard_in_accuracy is None else f" ({summary.hard_in_accuracy:.3f} where mostly wrong outside it)"
     )
     halves = "" if summary.split_half is None else f"; split-half rank correlation {summary.split_half:.2f}"
+    if summary.top_overlap is not None:
+        halves += f", {summary.top_overlap:.0%} of the top 5 % in common"
+    if summary.standard_error is not None:
+        halves += f"; mean standard error {summary.standard_error:.3f}"
     console.print(
         f"scores {summary.scores_key[:8]} from {summary.models} models: accuracy {summary.in_accuracy:.4f} in the "
         f"subset{hard}, {summary.test_accuracy:.3f} on test{halves}",

@@ -22,7 +22,7 @@ from orchestrator.localization import Scores, rank
 from orchestrator.memorization import BLOCK_SIZE, block_membership
 from orchestrator.metrics import METRICS
 from orchestrator.models import head_names
-from orchestrator.pipeline import ChangedExamplesError, Finished, Lab, single_thread, split_examples
+from orchestrator.pipeline import Finished, Lab, split_examples, steady
 from orchestrator.registry import InputError, Plugin, load_plugin
 from orchestrator.seeds import generator, numpy_generator
 from orchestrator.specs import (
@@ -141,13 +141,12 @@ class Workspace:
         began, wall, cpu, self._training_seconds = time.time(), time.perf_counter(), time.process_time(), 0.0
         work: Callable[[Task], int] = getattr(self, f"_{task.kind}")
         models, error = 0, None
-        with single_thread():
+        with steady(self.lab.device):
             try:
                 models = work(task)
             except (Exception, SystemExit) as failure:  # one failed task is a result: the others go on
                 error = str(failure) if isinstance(failure, InputError) else f"{type(failure).__name__}: {failure}"
-                if isinstance(failure, ChangedExamplesError):
-                    self._forget_all()
+                self._forget_all()  # what failed may have left them changed
                 put_failure(self.store, task, error, traceback.format_exc())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return Outcome(task.kind, key(task.spec), models, self._training_seconds, wall, cpu, began, error, task.label)

@@ -132,3 +132,11 @@ def split_half_correlation(first: Counts, second: Counts) -> float | None:
     if any(np.ptp(rank) == 0 for rank in ranks):
         return None
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def top_overlap(first: Counts, second: Counts, share: float = 0.05) -> float:
+    """Share of the most memorized examples by one half of a campaign that are so by the other too; ties by position."""
+    scores = [estimate(half).score for half in (first, second)]
+    number = max(1, round(share * len(scores[0])))
+    first_top, second_top = (np.argsort(-score, kind="stable")[:number] for score in scores)
+    return len(np.intersect1d(first_top, second_top)) / number

@@ -7,14 +7,16 @@ accelerator, say), `unlearn unpack` brings what it wrote into a store, where it 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import nn
 from orchestrator import pipeline
 from orchestrator.data import DATASETS, Dataset, Splits
 from orchestrator.localization import Scores, rank
-from orchestrator.models import head_names
+from orchestrator.models import MODELS, head_names
 from orchestrator.pipeline import Finished, Lab
 from orchestrator.registry import Chosen, InputError, Plugin, load_plugin
 from orchestrator.seeds import generator
@@ -34,16 +36,29 @@ from orchestrator.training import Mask, Training
 FORMAT = 1
 _KEPT_SCORES = 16  # each as large as the model
 PART_BYTES = 12 * 2**20  # a part is closed when the outputs in it reach this size
-_ORDER_FIELDS = {"format", "recipe", "study", "data", "fingerprint", "plugins", "git_commit", "forget_sets", "runs"}
+_ORDER_FIELDS = {
+    "format",
+    "recipe",
+    "study",
+    "data",
+    "fingerprint",
+    "plugins",
+    "git_commit",
+    "labels",
+    "forget_sets",
+    "runs",
+}
+
+_RUN_FIELDS = {"id", "arm", "spec", "forget", "localizations"}
 
 
 @dataclass(frozen=True)
 class Order:
     """Runs to perform, in plain values.
 
-    data: a data set by name and options. forget_sets: key -> training indices. runs: each with `id` (its key),
-    `arm`, `spec` (as JSON), `forget` (a key of forget_sets) and `localizations`: the specs of its localization, base
-    first.
+    data: a data set by name and options. labels: their digest. forget_sets: key -> training indices. runs: each with
+    `id` (its key), `arm`, `spec` (as JSON), `forget` (a key of forget_sets) and `localizations`: the specs of its
+    localization, base first.
     """
 
     format: int
@@ -53,8 +68,19 @@ class Order:
     fingerprint: str
     plugins: Sequence[Mapping[str, Any]]
     git_commit: str | None
+    labels: str
     forget_sets: Mapping[str, list[int]]
     runs: Sequence[Mapping[str, Any]]
+
+
+def load_plugins(plugins: Sequence[Mapping[str, Any]]) -> None:
+    """Load the modules that an order or a part carries."""
+    for plugin in plugins:
+        try:
+            made = Plugin(**plugin)
+        except TypeError:
+            raise InputError("a plugin in it is not whole; run `unlearn pack` again") from None
+        load_plugin(made)
 
 
 def read_order(path: Path) -> Order:
@@ -63,8 +89,14 @@ def read_order(path: Path) -> Order:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT or set(content) != _ORDER_FIELDS:
             raise InputError(f"{path} is an order of another version of this code; run `unlearn pack` again")
-        return Order(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        order = Order(**content)
+        for run in order.runs:
+            if not set(run) >= _RUN_FIELDS or run["forget"] not in order.forget_sets:
+                raise InputError(
+                    f"{path} is damaged: run {str(run.get('id'))[:8]} is not whole; run `unlearn pack` again"
+                )
+        return order
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is no work order ({error}); `unlearn pack` writes one") from None
@@ -106,6 +138,12 @@ class Performer:
         )
         return finished, seconds
 
+    def start_anew(self) -> None:
+        """Drop what a run that failed may have left changed; it is cut and loaded anew."""
+        self.lab.forget()
+        self._splits.clear()
+        self._originals.clear()
+
     def _cut(self, name: str) -> tuple[np.ndarray, Splits]:
         if name not in self._splits:
             self._splits.clear()  # one forget set at a time: it is a copy of the training set
@@ -114,7 +152,9 @@ class Performer:
         return self._splits[name]
 
     def _original(self, model: Chosen, training: Training, seed: int) -> nn.Module:
-        name = f"original-{seed}"
+        named = [self.lab.dataset.fingerprint, asdict(model), MODELS[model.name].version, asdict(training), seed]
+        text = json.dumps([*named, self.lab.numerics], sort_keys=True)
+        name = f"original-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         if name not in self._originals:
             made = self.lab.fresh(model)(generator(seed, "original"))
             path = self.scratch / f"{name}.pt"
@@ -189,6 +229,7 @@ class Parts:
     done: set[str]
     _arrays: dict[str, np.ndarray] = field(default_factory=dict)
     _runs: list[dict[str, Any]] = field(default_factory=list)
+    _failed: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, run: Mapping[str, Any], finished: Finished, localization_seconds: float | None) -> None:
         name = run["id"]
@@ -209,18 +250,29 @@ class Parts:
         if sum(array.nbytes for array in self._arrays.values()) >= PART_BYTES:
             self.close()
 
+    def fail(self, run: Mapping[str, Any], error: str, trace: str) -> None:
+        """Keep a run that came to nothing."""
+        facts = {field: run[field] for field in ("id", "arm", "spec")}
+        self._failed.append({**facts, "error": error, "traceback": trace, "time": time.time()})
+
     def close(self) -> None:
         """Write what has come since the last part, if anything has, and remember that it is done."""
-        if not self._runs:
+        if not self._runs and not self._failed:
             return
-        order = {"recipe": self.order.recipe, "study": self.order.study, "git_commit": self.order.git_commit}
-        text = json.dumps({"format": FORMAT, **order, **self.facts, "runs": self._runs, "plugins": self.order.plugins})
+        order: dict[str, Any] = {
+            "recipe": self.order.recipe,
+            "study": self.order.study,
+            "git_commit": self.order.git_commit,
+        }
+        order |= {"plugins": self.order.plugins, "runs": self._runs, "failed": self._failed}
+        text = json.dumps({"format": FORMAT, **order, **self.facts})
         buffer = io.BytesIO()
         np.savez_compressed(buffer, json=np.frombuffer(text.encode(), dtype=np.uint8), **self._arrays)  # type: ignore[arg-type]
-        _whole(self.folder / f"part-{self._runs[0]['id'][:12]}.npz", buffer.getvalue())
+        first = (self._runs or self._failed)[0]
+        _whole(self.folder / f"part-{first['id'][:12]}.npz", buffer.getvalue())
         self.done |= {run["id"] for run in self._runs}
         _whole(self.remembered, "\n".join(sorted(self.done)).encode())
-        self._arrays, self._runs = {}, []
+        self._arrays, self._runs, self._failed = {}, [], []
 
 
 def perform(
@@ -232,36 +284,60 @@ def perform(
     device: str,
     seconds: float | None = None,
     say: Callable[[str], None] = print,
-) -> int:
-    """Perform an order's runs that `scratch` does not remember as done; returns how many are left.
+) -> tuple[int, int]:
+    """Perform an order's runs that `scratch` does not remember as done; returns how many are left, and how many failed.
 
-    `seconds`: no run begins that would, at the length of the longest so far, end later.
+    `seconds`: no run begins that would, at the length of the longest so far, end later. A run that fails is kept as
+    such, and the others go on; what is finished is written whatever ends this. Raises InputError for a forget set
+    that does not fit the data.
     """
+    _check_indices(order, dataset)
     lab = Lab(dataset, device)
-    remembered = scratch / "done.txt"
+    remembered = scratch / f"done-{dataset.fingerprint[:16]}.txt"
     done = set(remembered.read_text().split()) if remembered.is_file() else set()
     todo = [run for run in order.runs if run["id"] not in done]
+    if len(todo) < len(order.runs):
+        earlier = f"{len(order.runs) - len(todo)} runs were done before, their parts written then"
+        say(f"{earlier} (remove {remembered} to do them again)")
     worker = Performer(order, lab, scratch)
     facts = {"fingerprint": dataset.fingerprint, "numerics": lab.numerics, "host": platform.node()}
     parts = Parts(out, order, facts, remembered, done)
-    begin, longest, finished = time.perf_counter(), 0.0, 0
-    for number, run in enumerate(todo):
-        start = time.perf_counter()
-        if seconds is not None and number and start - begin + longest > seconds:
-            break
-        with pipeline.single_thread() if device == "cpu" else nullcontext():
-            results, cost = worker.perform(run)
-        parts.add(run, results, cost)
-        finished += 1
-        spent = time.perf_counter() - start
-        longest = max(longest, spent)
-        say(f"{number + 1}/{len(todo)} {run['arm']} on {run['spec']['forget']['rule']['name']}: {spent:.1f} s")
-    parts.close()
-    return len(todo) - finished
+    begin, longest, tried, failed = time.perf_counter(), 0.0, 0, 0
+    try:
+        for number, run in enumerate(todo):
+            start = time.perf_counter()
+            if seconds is not None and number and start - begin + longest > seconds:
+                break
+            said = f"{number + 1}/{len(todo)} {run['arm']} on {run['spec']['forget']['rule']['name']}"
+            try:
+                with pipeline.steady(device):
+                    results, cost = worker.perform(run)
+            except (Exception, SystemExit) as error:  # one failed run is a result: the others go on
+                failed += 1
+                worker.start_anew()
+                parts.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
+                say(f"{said}: failed, {type(error).__name__}: {error}")
+            else:
+                parts.add(run, results, cost)
+                say(f"{said}: {time.perf_counter() - start:.1f} s")
+            tried += 1
+            longest = max(longest, time.perf_counter() - start)
+    finally:
+        parts.close()
+    return len(todo) - tried, failed
+
+
+def _check_indices(order: Order, dataset: Dataset) -> None:
+    size = len(dataset.splits["train"])
+    for indices in order.forget_sets.values():
+        if not indices or min(indices) < 0 or max(indices) >= size:
+            raise InputError(
+                f"a forget set of the order does not fit these data; allowed: indices from 0 to {size - 1}"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0 when every run is done, 3 when the time ran out before, 2 for bad input."""
+    """Exit code 0 when every run is done, 1 when some failed, 3 when the time ran out before, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m orchestrator.offline", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("order", type=Path, help="what `unlearn pack` wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the parts that `unlearn unpack` reads")
@@ -269,23 +345,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--scratch", type=Path, default=Path("scratch"), help="folder for originals, kept between calls"
     )
     parser.add_argument("--data", action="append", default=[], metavar="OPTION=VALUE", help="where the data lie here")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, choices=sorted({device, "cpu"}))
     parser.add_argument("--seconds", type=float, help="begin no run that would end later")
     given = parser.parse_args(arguments)
     try:
         order = read_order(given.order)
-        for plugin in order.plugins:
-            load_plugin(Plugin(**plugin))
+        load_plugins(order.plugins)
         dataset = _dataset(order, given.data)
+        if labels_digest(dataset) != order.labels:
+            raise InputError("the labels here are not those of the order, which drew its forget sets; check --data")
         if dataset.fingerprint != order.fingerprint:
-            print("the data here differ from those of the order: its runs will have keys of their own", flush=True)
-        options = {"device": given.device, "seconds": given.seconds}
-        left = perform(order, dataset, given.out, given.scratch, **options, say=lambda text: print(text, flush=True))
+            print("the pixels here differ from those of the order: its runs will have keys of their own", flush=True)
+        _check_folders(given.out, given.scratch)
+        say = partial(print, flush=True)
+        options = {"device": given.device, "seconds": given.seconds, "say": say}
+        left, failed = perform(order, dataset, given.out, given.scratch, **options)
     except InputError as error:
         print(f"offline: {error}", file=sys.stderr)
         return 2
-    print(f"{left} runs are left" if left else "all runs are done", flush=True)
-    return 3 if left else 0
+    if failed:
+        print(f"{failed} runs failed", flush=True)
+    print(f"{left} runs are left" if left else "all other runs are done" if failed else "all runs are done", flush=True)
+    return 3 if left else 1 if failed else 0
+
+
+def _check_folders(*folders: Path) -> None:
+    """Refuse a folder that cannot be written to, before anything is trained."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / "probe.partial"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written to: {error.strerror}; name another folder") from None
+
+
+def labels_digest(dataset: Dataset) -> str:
+    """What of a data set forget sets are drawn by: the labels of each split, given and true."""
+    digest = hashlib.sha256()
+    for split in ("train", "validation", "test"):
+        for labels in (dataset.split_labels(split), dataset.split_true_labels(split)):
+            digest.update(f"{split}:{len(labels)}:".encode() + np.ascontiguousarray(labels, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _dataset(order: Order, overrides: Sequence[str]) -> Dataset:

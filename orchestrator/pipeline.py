@@ -109,17 +109,22 @@ class ChangedExamplesError(RuntimeError):
 
 @contextmanager
 def unchanged(who: str, *given: Examples | None) -> Iterator[None]:
-    """Raise ChangedExamplesError where the examples are changed in place inside."""
+    """Raise ChangedExamplesError where the examples are changed in place inside, whatever else is raised there."""
+    before = [_sums(examples) for examples in given if examples]
+    try:
+        yield
+    finally:
+        if [_sums(examples) for examples in given if examples] != before:
+            raise ChangedExamplesError(
+                f"{who} changed the examples that it was given, in place; it may change copies (`labels.clone()`)"
+            )
 
-    def versions() -> list[int]:
-        return [part._version for examples in given if examples for part in (examples.images, examples.labels)]
 
-    before = versions()
-    yield
-    if versions() != before:
-        raise ChangedExamplesError(
-            f"{who} changed the examples that it was given, in place; it may change copies (`labels.clone()`)"
-        )
+def _sums(examples: Examples) -> tuple[int, ...]:
+    """What changes when examples are written to: torch's count of writes, and sums for what it does not see."""
+    places = torch.arange(len(examples), device=examples.labels.device)
+    sums = examples.images.sum(dtype=torch.int64), (examples.labels * (places + 1)).sum()
+    return (examples.images._version, examples.labels._version, *(int(part) for part in sums))
 
 
 def score(
@@ -280,11 +285,19 @@ def half(logits: np.ndarray) -> np.ndarray:
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """One torch thread inside: several threads sum in another order, and would give other numbers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def steady(device: str = "cpu") -> Iterator[None]:
+    """What torch is set to inside, whatever was left behind, and as before after it: gradients on, float32.
+
+    On the CPU one thread: several sum in another order, and would give other numbers.
+    """
+    before = torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.inference_mode(False), torch.set_grad_enabled(True):
+            yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        torch.set_default_dtype(before[1])
+        torch.use_deterministic_algorithms(before[2])

@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from orchestrator import results
 from orchestrator.data import Dataset
 from orchestrator.experiment import Task
 from orchestrator.localization import num_selected
-from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate, split_half_correlation
+from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate, split_half_correlation, top_overlap
 from orchestrator.models import factory
 from orchestrator.registry import File, Fits, InputError
 from orchestrator.results import Member, Sweep
@@ -202,6 +202,8 @@ class ScoresSummary:
     test_accuracy: float
     split_half: float | None  # None: a single block has no halves
     model_seconds: float
+    standard_error: float | None = None  # mean over examples; None: from before it was kept
+    top_overlap: float | None = None  # of the 5 % most memorized by either half
 
     @property
     def passes_gate(self) -> bool:
@@ -218,44 +220,79 @@ def scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
     return ScoresSummary(**json.loads(metadata[b"summary"]))
 
 
-def _block_counts(store: Store, spec: CampaignSpec, block: int, labels: np.ndarray) -> tuple[Counts, dict[str, Any]]:
-    """Tallies of one stored block against the given labels, and its arrays."""
-    arrays = results.unpack(store, Task("block", spec, block).object_name)
-    correct = arrays["train"].argmax(axis=2) == labels
-    return count(arrays["membership"].astype(bool), correct), arrays
+@dataclass
+class Tally:
+    """What the blocks of a campaign add up to, read one after another; even and odd ones are its halves."""
+
+    store: Store
+    campaign: CampaignSpec
+    dataset: Dataset
+    blocks: int = 0
+    _halves: list[Counts | None] = field(default_factory=lambda: [None, None])
+    _test: list[float] = field(default_factory=list)
+    _seconds: float = 0.0
+
+    def add(self) -> None:
+        """Read the next block from the store."""
+        arrays = results.unpack(self.store, Task("block", self.campaign, self.blocks).object_name)
+        correct = arrays["train"].argmax(axis=2) == self.dataset.split_labels("train")
+        counts = count(arrays["membership"].astype(bool), correct)
+        before = self._halves[self.blocks % 2]
+        self._halves[self.blocks % 2] = counts if before is None else before + counts
+        self._test.append(float(arrays["test_accuracy"].mean()))
+        self._seconds += float(arrays["seconds"].sum())
+        self.blocks += 1
+
+    @property
+    def seconds(self) -> float:
+        """What the models took, in all."""
+        return self._seconds
+
+    @property
+    def total(self) -> Counts:
+        first, second = self._halves
+        assert first is not None, "no block was read"
+        return first if second is None else first + second
+
+    @property
+    def spec(self) -> ScoresSpec:
+        return ScoresSpec(campaign=self.campaign, blocks=self.blocks)
+
+    def summary(self) -> ScoresSummary:
+        """What the blocks read so far come to."""
+        scores, (first, second) = estimate(self.total), self._halves
+        hard = scores.out_mean < 0.5
+        return ScoresSummary(
+            scores_key=key(self.spec),
+            models=self.blocks * BLOCK_SIZE,
+            in_accuracy=float(self.total.in_hits.sum() / self.total.in_total.sum()),
+            hard_in_accuracy=float(scores.in_mean[hard].mean()) if hard.any() else None,
+            test_accuracy=float(np.mean(self._test)),
+            split_half=None if first is None or second is None else split_half_correlation(first, second),
+            model_seconds=self._seconds,
+            standard_error=float(scores.standard_error.mean()),
+            top_overlap=None if first is None or second is None else top_overlap(first, second),
+        )
 
 
 def _compute_scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
-    """Estimate scores from the blocks, store them with the images of the most memorized, and sum up."""
-    labels = dataset.split_labels("train")
-    halves: list[Counts | None] = [None, None]
-    test, seconds = [], 0.0
-    for block in range(spec.blocks):
-        counts, arrays = _block_counts(store, spec.campaign, block, labels)
-        before = halves[block % 2]
-        halves[block % 2] = counts if before is None else before + counts
-        test.append(arrays["test_accuracy"].mean())
-        seconds += float(arrays["seconds"].sum())
-    first, second = halves
-    assert first is not None
-    total = first if second is None else first + second
-    scores = estimate(total)
-    hard = scores.out_mean < 0.5
-    summary = ScoresSummary(
-        scores_key=key(spec),
-        models=spec.blocks * BLOCK_SIZE,
-        in_accuracy=float(total.in_hits.sum() / total.in_total.sum()),
-        hard_in_accuracy=float(scores.in_mean[hard].mean()) if hard.any() else None,
-        test_accuracy=float(np.mean(test)),
-        split_half=None if second is None else split_half_correlation(first, second),
-        model_seconds=seconds,
-    )
+    tally = Tally(store, spec.campaign, dataset)
+    for _ in range(spec.blocks):
+        tally.add()
+    return put_scores(tally)
+
+
+def put_scores(tally: Tally) -> ScoresSummary:
+    """Estimate scores from the blocks read, store them with the images of the most memorized, and sum up."""
+    store, dataset, summary = tally.store, tally.dataset, tally.summary()
+    labels, scores = dataset.split_labels("train"), estimate(tally.total)
     true_labels = dataset.split_true_labels("train")
     columns = {"index": np.arange(len(labels)), "label": labels, "true_label": true_labels, **vars(scores)}
     table = pa.table(columns).select(_SCHEMAS["memorization"].names).cast(_SCHEMAS["memorization"])
     most = np.argsort(-scores.score, kind="stable")[:NUM_PICTURES]
-    results.put_table(store, f"scores/{key(spec)}.examples.parquet", _pictures(dataset, most))
-    results.put_table(store, f"scores/{key(spec)}.parquet", table, {"summary": json.dumps(asdict(summary))})
+    name = summary.scores_key
+    results.put_table(store, f"scores/{name}.examples.parquet", _pictures(dataset, most))
+    results.put_table(store, f"scores/{name}.parquet", table, {"summary": json.dumps(asdict(summary))})
     return summary
 
 

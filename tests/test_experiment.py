@@ -110,12 +110,22 @@ def test_a_method_that_changes_its_model_in_place_changes_no_other_run(
     assert moved["moved"] > 0, "what moved is counted against the original as it was"
 
 
+@pytest.mark.parametrize("how", ["plain", "data", "numpy", "images", "and fails"])
 def test_a_method_that_changes_its_examples_in_place_fails_and_changes_no_other_run(
-    dataset: Dataset, registered: Callable[..., str], tmp_path: Path
+    how: str, dataset: Dataset, registered: Callable[..., str], tmp_path: Path
 ) -> None:
     def method_relabelling(model: nn.Module, forget: Examples, retain: Examples) -> nn.Module:
         """Relabels in place."""
-        retain.labels.fill_(3)
+        if how in ("plain", "and fails"):
+            retain.labels.fill_(3)
+        elif how == "data":
+            retain.labels.data.fill_(3)
+        elif how == "numpy":
+            retain.labels.numpy()[:] = retain.labels.numpy()[::-1].copy()
+        else:
+            retain.images.numpy()[0] = 255 - retain.images.numpy()[0]
+        if how == "and fails":
+            raise RuntimeError("boom")
         return clone(model)
 
     rude, polite = run_of(dataset, registered(method_relabelling)), run_of(dataset, "finetune")
@@ -124,6 +134,25 @@ def test_a_method_that_changes_its_examples_in_place_fails_and_changes_no_other_
     assert "method method_relabelling changed the examples that it was given" in str(outcomes[0].error)
     assert outcomes[1].error is None
     assert metrics_of(store, polite) == metrics_of(alone, polite)
+
+
+def test_what_a_method_sets_in_torch_ends_with_it(
+    dataset: Dataset, registered: Callable[..., str], tmp_path: Path
+) -> None:
+    def method_setting(model: nn.Module) -> nn.Module:
+        """Leaves torch otherwise than it found it."""
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(3)
+        torch.manual_seed(7)
+        return model
+
+    rude, polite = run_of(dataset, registered(method_setting)), run_of(dataset, "finetune")
+    outcomes, store = performed(dataset, tmp_path / "both", rude, polite)
+    _, alone = performed(dataset, tmp_path / "alone", polite)
+    assert [outcome.error for outcome in outcomes] == [None, None]
+    assert metrics_of(store, polite) == metrics_of(alone, polite)
+    assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()) == (True, torch.float32, 1)
 
 
 def test_a_strategy_that_changes_its_model_in_place_changes_no_run(
