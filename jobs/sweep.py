@@ -97,12 +97,13 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
     for outcome in cost.outcomes:
         if outcome.kind == "run" and not outcome.error:
             stored(outcome)
-    if cost.failures:
-        return  # the runs depend on what failed
     if (summary := work.ensure_scores(session)) is not None:
         work.print_scores(summary)
     work.print_overlaps(session)
-    runs = session.plan.missing(session.plan.runs())
+    missing = session.plan.missing(session.plan.runs())
+    runs = session.plan.against(session.store).ready(missing)
+    if len(runs) < len(missing):
+        console.print(f"{len(missing) - len(runs)} runs are not started: what they need has failed", highlight=False)
     with bars({"runs": len(runs)}) as advance:
 
         def done(outcome: Outcome) -> None:

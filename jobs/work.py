@@ -82,12 +82,11 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
         perform(session, pool, early, cost)
         if any(task.kind == "model" for task in early):
             _print_utilisation(cost.outcomes, cluster.workers)
-        if cost.failures:
-            return  # the rest depends on what failed
         if late[0] or late[1]:
             ensure_scores(session)
-            perform(session, pool, late[0] + bases, cost)
-            perform(session, pool, built, cost)
+            now = plan.against(session.store)
+            perform(session, pool, now.ready(late[0] + bases), cost)
+            perform(session, pool, now.ready(built), cost)
 
 
 @contextmanager
@@ -164,8 +163,12 @@ def _print_utilisation(outcomes: Sequence[Outcome], workers: int) -> None:
 
 
 def ensure_scores(session: Session) -> ScoresSummary | None:
-    """The scores that the study's forget sets need, computed from the blocks if they are not in the store."""
-    if not session.plan.needs_scores:
+    """The scores that the study's forget sets need, computed from the blocks if they are not in the store.
+
+    None where no forget set needs any, or where a block is missing.
+    """
+    plan = session.plan.against(session.store)
+    if not plan.needs_scores or plan.missing(plan.blocks()):
         return None
     return planning.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)
 
@@ -198,6 +201,8 @@ def print_overlaps(session: Session) -> None:
 
     sets = {}
     for spec in session.study.forget_specs(session.dataset.fingerprint):
+        if spec.scores is not None and not session.store.exists(f"scores/{key(spec.scores)}.parquet"):
+            continue
         scores = None if spec.scores is None else memorization_scores(session.store, spec.scores)
         sets[spec.rule.name] = forget_indices(session.dataset, spec, scores, session.store)
     sizes = ", ".join(f"{name} {len(indices)}" for name, indices in sets.items())
@@ -218,8 +223,9 @@ def conclude(cost: Cost) -> None:
     """Say what it cost; exit 1 where something failed."""
     console.print(cost.line(), highlight=False)
     if cost.failures:
+        first = escape(str(cost.failures[0].error).rstrip("."))
         console.print(
-            f"[red]{len(cost.failures)} failed[/red]; the first: {escape(str(cost.failures[0].error))}. "
-            "The same command tries them again; `unlearn status` shows all, attempts/ in the store holds tracebacks."
+            f"[red]{len(cost.failures)} failed[/red]; the first: {first}. "
+            "The same command tries them again; `unlearn status` shows all, attempts/ in the store what is known."
         )
         raise typer.Exit(1)

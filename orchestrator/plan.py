@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from orchestrator.models import factory
 from orchestrator.registry import File, Fits, InputError
 from orchestrator.results import Member, Sweep
 from orchestrator.seeds import generator
-from orchestrator.specs import CampaignSpec, ForgetSet, ScoresSpec, key
+from orchestrator.specs import CampaignSpec, ForgetSet, LocalizationSpec, RunSpec, ScoresSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
 from orchestrator.unlearning import METHODS
@@ -45,6 +45,14 @@ class Plan:
 
     def missing(self, tasks: Iterable[Task]) -> list[Task]:
         return [task for task in tasks if task.object_name not in self.present]
+
+    def against(self, store: Store) -> Plan:
+        """The same, against what the store holds now."""
+        return replace(self, present=_present(store))
+
+    def ready(self, tasks: Iterable[Task]) -> list[Task]:
+        """The tasks whose inputs are there: original, localization, memorization scores, where they need them."""
+        return [task for task in tasks if all(name in self.present for name in _inputs(task))]
 
     @property
     def needs_scores(self) -> bool:
@@ -119,12 +127,8 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
         raise InputError(
             f"training.batch_size is {study.training.batch_size}; allowed: at most the {smallest} examples of a subset"
         )
-    present = frozenset(
-        f"{folder}/{name}"
-        for folder in ("campaigns", "models", "localizations", "rows", "scores")
-        for name in store.names(folder)
-    )
-    plan = Plan(study, dataset.fingerprint, present)
+    plan = Plan(study, dataset.fingerprint, _present(store))
+    present = plan.present
     for rule in study.forget_sets:
         _check_forget_set(rule, dataset, store.get)
     _check_model(study, dataset)
@@ -136,6 +140,24 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     needed = [task.object_name for task in tasks]
     results.check_arrays(store, [name for name in needed if name in present])
     return plan
+
+
+def _present(store: Store) -> frozenset[str]:
+    folders = ("campaigns", "models", "localizations", "rows", "scores")
+    return frozenset(f"{folder}/{name}" for folder in folders for name in store.names(folder))
+
+
+def _inputs(task: Task) -> list[str]:
+    """The stored objects that a task reads."""
+    spec = task.spec
+    if not isinstance(spec, RunSpec | LocalizationSpec):
+        return []
+    found = [] if spec.original is None else [Task("original", spec.original).object_name]
+    if spec.forget.scores is not None:
+        found.append(f"scores/{key(spec.forget.scores)}.parquet")
+    if isinstance(spec, RunSpec) and spec.localization is not None:
+        found.append(Task("localization", spec.localization).object_name)
+    return found
 
 
 def pinned(study: Study, dataset: Dataset, store: Store) -> Study:

@@ -46,7 +46,9 @@ class WorkerDeathError(RuntimeError):
 
 
 def death_reason(tries: int, error: object) -> str:
-    """One line on workers that died, with what Ray knows of the last."""
+    """One line on workers that died, with what Ray says of the last, if it says anything."""
+    if error is None:
+        return f"{tries} workers died on it"
     text = " ".join(str(error).split())
     known = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?: Some common causes|$)", text)
     return f"{tries} workers died on it; the last: {f'{known[1]}, {known[2]}' if known else text[:200]}"

@@ -196,7 +196,7 @@ def test_a_run_that_fails_leaves_an_attempt_and_exit_code_1_and_is_tried_again(t
     assert len(rows(store)) == 4
 
 
-def test_a_run_that_kills_its_workers_is_a_failed_run_and_the_others_go_on(tmp_path: Path) -> None:
+def test_what_kills_its_workers_or_lacks_its_mask_is_a_failure_and_the_others_go_on(tmp_path: Path) -> None:
     plugin, store = tmp_path / "mine.py", tmp_path / "store"
     plugin.write_text(
         "import os\n"
@@ -205,13 +205,23 @@ def test_a_run_that_kills_its_workers_is_a_failed_run_and_the_others_go_on(tmp_p
         "def deadly(model):\n"
         '    """Ends its process."""\n'
         "    os._exit(1)\n"
+        "from orchestrator.localization import STRATEGIES\n"
+        "@STRATEGIES\n"
+        "def broken(model):\n"
+        '    """Scores nothing."""\n'
+        "    raise KeyError('no score')\n"
     )
-    few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=deadly,identity"]
+    few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=deadly,identity,del"]
+    few += ["methods.del.strategy=broken", "methods.del.budget=0.1,0.3", "methods.del.lr=0.1"]
     words = ["sweep", "digits", "--plugin", str(plugin), "--storage", str(store), "--workers", "2"]
     words += [word for assignment in few for word in ("--set", assignment)]
     ended = run(*words, "--tracking-uri", "none")
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "3 workers died on it" in " ".join(ended.stdout.split())
+    assert "failed localization" in ended.stdout
+    assert "(broken on random): KeyError: 'no score'" in ended.stdout
+    assert "2 runs are not started: what they need has failed" in ended.stdout
+    assert "2 failed; the first: KeyError" in ended.stdout
     assert "Traceback" not in ended.stdout + ended.stderr
     assert len(rows(store)) == 3
     statuses = [line["status"] for line in pq.read_table(store / "exports" / "runs.parquet").to_pylist()]
