@@ -17,8 +17,9 @@ from analysis.tables import (
     Side,
     Values,
     conditional_on,
-    draws_of,
+    counts_of,
     holm,
+    marked,
     mean_difference,
     measured,
     name_of,
@@ -87,17 +88,23 @@ def paper_table(tables: Tables, sweep: str) -> pl.DataFrame:
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
         line: dict[str, object] = dict(zip(SETTING, setting, strict=True))
-        line |= {"draws": draws_of(group), "num_runs": len(group)}
         drawn = sides(group, references)
+        line |= counts_of(drawn)
         for measure, (metric, split) in MEASURES.items():
             line |= _measured(measure, measured(drawn, metric, split, values))
         lines.append(line)
     numbers = [f"{name}{part}" for name in MEASURES for part in ("", "_spread")] + [f"{name}_p" for name in _TESTED]
-    schema = {**_KINDS, "draws": pl.String(), "num_runs": pl.Int64(), **dict.fromkeys(numbers, pl.Float64())}
-    return _adjusted(pl.DataFrame(lines, schema=schema))
+    schema = {**_KINDS, **_COUNTS, **dict.fromkeys(numbers, pl.Float64())}
+    return _adjusted(marked(pl.DataFrame(lines, schema=schema)))
 
 
 _KINDS = dict(zip(SETTING, (*[pl.String()] * 3, *[pl.Float64()] * 2), strict=True))
+
+
+_COUNTS: Mapping[str, pl.DataType] = {
+    "draws": pl.String(),
+    **dict.fromkeys(("num_runs", "num_references", "most_references"), pl.Int64()),
+}
 
 
 def _measured(measure: str, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | None]:
@@ -161,18 +168,17 @@ def ablation_table(tables: Tables, sweep: str) -> pl.DataFrame:
         lines.append(
             dict(zip(keys, setting, strict=True))
             | {
-                "draws": draws_of(group),
+                **counts_of(drawn),
                 "realised_budget": group["realised_budget"].mean(),
                 "tug_of_war": float(np.mean(found)) if found else None,
                 "standard_error": float(np.std(found, ddof=1) / math.sqrt(len(found))) if len(found) > 1 else None,
-                "num_runs": len(found),
                 "floor": float(np.mean(among)) if among else None,
             }
         )
     numbers = dict.fromkeys(("realised_budget", "tug_of_war", "standard_error"), pl.Float64())
-    text = dict.fromkeys(("strategy", "granularity", "method", "draws"), pl.String())
-    schema = {**_KINDS, **text, **numbers, "num_runs": pl.Int64(), "floor": pl.Float64()}
-    return pl.DataFrame(lines, schema=schema)
+    text = dict.fromkeys(("strategy", "granularity", "method"), pl.String())
+    schema = {**_KINDS, **text, **numbers, **_COUNTS, "floor": pl.Float64()}
+    return marked(pl.DataFrame(lines, schema=schema))
 
 
 def _pairs(values: Values, keys: Sequence[str], side: Side) -> list[float]:
@@ -232,8 +238,10 @@ def _spread(line: Mapping[str, object], measure: str) -> str:
 
 def paper_caption(lines: Sequence[Mapping[str, object]]) -> str:
     """What the numbers of a paper table are."""
+    several = any("," in str(line["draws"]) for line in lines)
+    spread = "of the draws' differences" if several else "over n runs (as in the paper)"
     return (
-        "reference - run in points, mean ± standard deviation over n runs (as in the paper); MIA: efficacy of the "
+        f"reference - run in points, mean ± standard deviation {spread}; MIA: efficacy of the "
         f"published SVC on confidence; {conditional_on(lines)}"
     )
 

@@ -37,8 +37,10 @@ _KEYS = {
 COMPARISON: Mapping[str, pl.DataType] = {
     **_KEYS,
     "draws": pl.String(),
+    "is_partial": pl.Boolean(),
     "num_runs": pl.Int64(),
     "num_references": pl.Int64(),
+    "most_references": pl.Int64(),
     **{f"{split}_{part}": pl.Float64() for split in SPLITS for part in _PARTS},
     "reference_band": pl.Float64(),
     "tug_of_war": pl.Float64(),
@@ -159,7 +161,8 @@ def _mean(values: Sequence[float]) -> float | None:
 def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
     """One line per setting (forget set, arm, variant, learning rate, budget), each draw against its own references.
 
-    Columns as in `COMPARISON`: the draws, as text; num_references of each draw; for forget, retain and test accuracy
+    Columns as in `COMPARISON`: the draws, as text, and whether they are fewer than those of other lines of the forget
+    set; the least and most references of a draw; for forget, retain and test accuracy
     (and the flipped and unflipped parts of a forget set that has both) `<split>_difference`, `_standard_error`,
     `_low`, `_high` in percentage points; reference_band, half of the 95 % interval in which one more reference's
     forget accuracy would fall; tug_of_war and its floor (references against one another); excess_disagreement (share
@@ -173,28 +176,44 @@ def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
     references = references_of(runs)
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
-        found = dict(zip(SETTING, setting, strict=True)) | {"draws": draws_of(group)}
+        found: dict[str, object] = dict(zip(SETTING, setting, strict=True))
         lines.append(found | _line(group, sides(group, references), values))
-    return pl.DataFrame(lines, schema=dict(COMPARISON))
+    return marked(pl.DataFrame(lines, schema=dict(COMPARISON)))
+
+
+def marked(frame: pl.DataFrame) -> pl.DataFrame:
+    """Lines over fewer draws than others of their forget set are marked as partial."""
+    number = pl.col("draws").str.split(", ").list.len()
+    return frame.with_columns(is_partial=number < number.max().over("forget_set"))
 
 
 @dataclass(frozen=True)
 class Side:
     """The runs of a setting on one draw of the forget set, and the references of that draw, by key."""
 
+    draw: int
     runs: list[str]
     references: list[str]
 
 
 def sides(group: pl.DataFrame, references: Mapping[tuple[str, object], list[str]]) -> list[Side]:
-    """The runs of a setting by forget draw."""
-    drawn = group.group_by("forget_set", "forget_draw", maintain_order=True)
-    return [Side(part["key"].to_list(), references.get((str(name), draw), [])) for (name, draw), part in drawn]
+    """The runs of a setting by forget draw; draws without references are left out where others have some."""
+    found = [
+        Side(int(str(draw)), part["key"].to_list(), references.get((str(name), draw), []))
+        for (name, draw), part in group.group_by("forget_set", "forget_draw", maintain_order=True)
+    ]
+    return [side for side in found if side.references] or found
 
 
-def draws_of(group: pl.DataFrame) -> str:
-    """The forget draws of some runs, as text: `0` or `0, 1, 2`."""
-    return ", ".join(map(str, sorted(group["forget_draw"].unique().to_list())))
+def counts_of(drawn: Sequence[Side]) -> dict[str, object]:
+    """What entered a line: its draws, as text (`0` or `0, 1, 2`), its runs, and the references of each draw."""
+    numbers = [len(side.references) for side in drawn]
+    return {
+        "draws": ", ".join(str(draw) for draw in sorted(side.draw for side in drawn)),
+        "num_runs": sum(len(side.runs) for side in drawn),
+        "num_references": min(numbers),
+        "most_references": max(numbers),
+    }
 
 
 def conditional_on(lines: Sequence[Mapping[str, object]]) -> str:
@@ -212,10 +231,7 @@ def references_of(runs: pl.DataFrame) -> dict[tuple[str, object], list[str]]:
 def _line(group: pl.DataFrame, drawn: Sequence[Side], values: Values) -> dict[str, object]:
     keys = [key for side in drawn for key in side.runs]
     references = [key for side in drawn for key in side.references]
-    line: dict[str, object] = {
-        "num_runs": len(keys),
-        "num_references": min(len(side.references) for side in drawn),
-    }
+    line = counts_of(drawn)
     for split in SPLITS:
         line |= _accuracy_columns(drawn, split, values)
 
@@ -244,7 +260,7 @@ def _line(group: pl.DataFrame, drawn: Sequence[Side], values: Values) -> dict[st
         line
         | {attack: _mean(values.metric(keys, attack, "forget")) for attack in ATTACKS}
         | {f"{attack}_references": _mean(values.metric(references, attack, "forget")) for attack in ATTACKS}
-        | {column: group[column].mean() for column in _MEANS}
+        | {column: group.filter(pl.col("key").is_in(keys))[column].mean() for column in _MEANS}
     )
 
 
@@ -416,8 +432,9 @@ def number(value: object, digits: int = 2) -> str:
 
 
 def name_of(line: Mapping[str, object]) -> str:
-    """An arm and, where it has several, its variant."""
-    return f"{line['arm']} ({line['variant']})" if line.get("variant") else str(line["arm"])
+    """An arm, its variant where it has several, and its draws where they are fewer than those of other lines."""
+    name = f"{line['arm']} ({line['variant']})" if line.get("variant") else str(line["arm"])
+    return f"{name} [draw {line['draws']}]" if line.get("is_partial") else name
 
 
 def counted(values: Sequence[int]) -> str:
@@ -428,7 +445,8 @@ def counted(values: Sequence[int]) -> str:
 def references_said(lines: Sequence[Mapping[str, object]]) -> str:
     """How many references a forget set has."""
     several = any("," in str(line["draws"]) for line in lines)
-    return f"{lines[0]['num_references']} references" + (" a draw" if several else "")
+    numbers = [int(str(line[name])) for line in lines for name in ("num_references", "most_references")]
+    return f"{counted(numbers)} references" + (" a draw" if several else "")
 
 
 HEADINGS = ("arm", "rate", "budget", "forget", "retain", "test", "tug (floor)", "disagree", "AUC (refs)", "steps", "s")

@@ -207,7 +207,7 @@ def pack(
     plugin: Plugins = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Write a sweep's missing runs as a work order for a machine that has torch alone."""
+    """Write a sweep's missing runs as a work order for a machine without Ray or a network."""
     from jobs import pack as job
     from jobs.session import Options
 

@@ -24,7 +24,7 @@ def export(store: Store) -> str:
     done = {row.key for row in rows}
     failed = [tries[-1] for name, tries in results.get_attempts(store).items() if name not in done]
     outputs = _LazyOutputs(store)
-    metrics = {row.key: metrics_of(row, outputs) for row in rows}
+    metrics = {row.key: metrics_of(store, row, outputs) for row in rows}
     export_id = secrets.token_hex(8)
     footer = {"export_id": export_id, "schema_version": results.SCHEMA_VERSION}
     lines: dict[str, Iterable[Mapping[str, Any]]] = {
@@ -131,14 +131,25 @@ class _LazyOutputs:
         return self._read[key]
 
 
-def metrics_of(row: Row, outputs: _LazyOutputs) -> dict[str, Mapping[str, float]]:
-    """All metrics of a row: as stored, and from the outputs where a metric is new or of another version."""
-    values = {}
+def metrics_of(store: Store, row: Row, outputs: _LazyOutputs) -> dict[str, Mapping[str, float]]:
+    """All metrics of a row: as stored, and from the outputs where a metric is new or of another version.
+
+    What is computed anew is kept beside the row, which is never written again.
+    """
+    later = results.get_later_metrics(store, row.key) if _lacks(row.metrics, row.metric_versions) else {}
+    values: dict[str, Mapping[str, float]] = {}
     for name, metric in METRICS.items():
-        stored = row.metrics.get(name)
-        current = stored is not None and row.metric_versions.get(name) == metric.version
-        values[name] = stored if stored is not None and current else metric({"outputs": outputs[row.key]}, {})
+        known = {row.metric_versions.get(name): row.metrics.get(name)} | later.get(name, {})
+        found = known.get(metric.version)
+        values[name] = metric({"outputs": outputs[row.key]}, {}) if found is None else found
+        if found is None:
+            later.setdefault(name, {})[metric.version] = values[name]
+            results.put_later_metrics(store, row.key, later)
     return values
+
+
+def _lacks(metrics: Mapping[str, Any], versions: Mapping[str, str]) -> bool:
+    return any(name not in metrics or versions.get(name) != metric.version for name, metric in METRICS.items())
 
 
 def metric_lines(metrics: Mapping[str, Values]) -> Iterator[dict[str, Any]]:

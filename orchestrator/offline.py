@@ -1,4 +1,4 @@
-"""Runs of a work order on a machine without a store: no Ray, MLflow or pydantic, only torch and numpy.
+"""Runs of a work order on a machine without a store: no Ray, MLflow or pydantic, only torch, numpy and a data reader.
 
 `unlearn pack` writes the order, `python -m orchestrator.offline order.json --out DIR` performs it (on a borrowed
 accelerator, say), `unlearn unpack` brings what it wrote into a store, where it is like any other result.
@@ -35,7 +35,8 @@ from orchestrator.training import Mask, Training
 
 FORMAT = 1
 _KEPT_SCORES = 16  # each as large as the model
-PART_BYTES = 12 * 2**20  # a part is closed when the outputs in it reach this size
+PART_BYTES = 12 * 2**20  # a part is closed when the outputs in it reach this size,
+PART_SECONDS = 100.0  # or when it is this old: what is in it is lost with the process
 _ORDER_FIELDS = {
     "format",
     "recipe",
@@ -230,6 +231,7 @@ class Parts:
     _arrays: dict[str, np.ndarray] = field(default_factory=dict)
     _runs: list[dict[str, Any]] = field(default_factory=list)
     _failed: list[dict[str, Any]] = field(default_factory=list)
+    _opened: float = field(default_factory=time.monotonic)
 
     def add(self, run: Mapping[str, Any], finished: Finished, localization_seconds: float | None) -> None:
         name = run["id"]
@@ -247,7 +249,8 @@ class Parts:
                 "finished_at": time.time(),
             }
         )
-        if sum(array.nbytes for array in self._arrays.values()) >= PART_BYTES:
+        late = time.monotonic() - self._opened > PART_SECONDS
+        if late or sum(array.nbytes for array in self._arrays.values()) >= PART_BYTES:
             self.close()
 
     def fail(self, run: Mapping[str, Any], error: str, trace: str) -> None:
@@ -273,6 +276,7 @@ class Parts:
         self.done |= {run["id"] for run in self._runs}
         _whole(self.remembered, "\n".join(sorted(self.done)).encode())
         self._arrays, self._runs, self._failed = {}, [], []
+        self._opened = time.monotonic()
 
 
 def perform(
@@ -394,7 +398,10 @@ def labels_digest(dataset: Dataset) -> str:
 def _dataset(order: Order, overrides: Sequence[str]) -> Dataset:
     entry = DATASETS[order.data["name"]]
     changes = dict(text.partition("=")[::2] for text in overrides)
-    dataset: Dataset = entry({}, entry.resolve({**order.data["options"], **changes}))
+    try:
+        dataset: Dataset = entry({}, entry.resolve({**order.data["options"], **changes}))
+    except ModuleNotFoundError as error:
+        raise InputError(f"data set {entry.name} needs {error.name}, which is not installed here") from None
     return dataset
 
 

@@ -1,6 +1,6 @@
 """The pure pipeline on plain values: train, score, unlearn, predict, measure. Knows no specs, no keys and no store.
 
-It needs torch and numpy alone, so that it runs where nothing else is installed.
+It needs torch and numpy alone, and what a data set needs to be read.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def score(
             clone(original),
             splits,
             generator=generator(seed, "localization"),
-            base=base,
+            base=None if base is None else {name: part.clone() for name, part in base.items()},
             granularity=granularity,
         )
 

@@ -209,6 +209,19 @@ def get_row(store: Store, key: str) -> Row:
     return Row(**body, layers=layers)
 
 
+def get_later_metrics(store: Store, key: str) -> dict[str, dict[str, Mapping[str, float]]]:
+    """Metrics of a run that were computed after its row: name -> version -> split -> value. Lost ones are none."""
+    try:
+        found: dict[str, dict[str, Mapping[str, float]]] = _open(store, f"metrics/{key}.json")
+    except (FileNotFoundError, InputError):
+        return {}
+    return found
+
+
+def put_later_metrics(store: Store, key: str, metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    store.put(f"metrics/{key}.json", _seal(dict(metrics)))
+
+
 def row_keys(store: Store) -> set[str]:
     return {name.removesuffix(".json") for name in store.names("rows")}
 
@@ -289,9 +302,9 @@ def _is_whole(store: Store, name: str) -> bool:
             return False
         header = json.loads(store.start_of(name, 8 + length)[8:])
         end = max((part["data_offsets"][1] for part in header.values() if "data_offsets" in part), default=0)
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return False
-    return bool(size == 8 + length + end)
+    return isinstance(end, int) and size == 8 + length + end
 
 
 def metadata_of(store: Store, name: str) -> dict[str, str]:

@@ -25,7 +25,8 @@ class Training:
     """How a model is trained from scratch.
 
     The rate rises linearly over the share `warmup` of all steps, then falls on a cosine to `final` times its peak; with
-    the `schedule` "epoch" it changes between epochs alone, as released with DEL (and reaches `final` after the last).
+    the `schedule` "epoch" it changes between epochs alone, as released with DEL (and reaches `final` after the last; a
+    `warmup` of less than two epochs is then none).
     Batches are full: the rest of each shuffled epoch is left out (of training only). `augment` says what the pipeline
     has training do to the images, unlearning's too; predictions and localization see them as they are.
     """
@@ -137,7 +138,11 @@ def cropped(images: Tensor, top: Tensor, left: Tensor, flips: Tensor) -> Tensor:
 
 
 def resampled(images: Tensor, top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, *, flips: Tensor) -> Tensor:
-    """Boxes of the images, float [n] each in pixels, bilinearly resized to the images' own size; some mirrored."""
+    """Boxes of the images, float [n] each in pixels, bilinearly resized to the images' own size; some mirrored.
+
+    Pixels just outside a box count at its border, where torchvision crops first; boxes that would not fit are cut to
+    the image (`augmented`), where torchvision draws again, so they are a little larger: .53 of the image for .49.
+    """
     _, height, width, _ = images.shape
     rows = top[:, None] + tall[:, None] * (torch.arange(height, device=images.device) + 0.5) / height
     columns = left[:, None] + wide[:, None] * (torch.arange(width, device=images.device) + 0.5) / width

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator import results
-from orchestrator.data import DATASETS, Dataset, Examples
+from orchestrator import export, results
+from orchestrator.data import DATASETS, Dataset, Examples, Outputs
 from orchestrator.experiment import Context, Outcome, Task, Workspace
 from orchestrator.localization import STRATEGIES
+from orchestrator.metrics import METRICS
 from orchestrator.plan import Plan
 from orchestrator.recipes import RECIPES
 from orchestrator.specs import (
@@ -218,6 +219,29 @@ def test_localizations_are_shared_by_seeds_unless_they_draw(dataset: Dataset) ->
         return {key(run.localization) for run in runs if run.localization is not None}
 
     assert [len(keys(name)) for name in ("weighted_gradient", "critmem", "random")] == [1, 1, 3]
+
+
+def test_a_metric_that_came_later_is_computed_once(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(dataset, "finetune")
+    _, store = performed(dataset, tmp_path, run)
+    calls = []
+
+    def accuracy(outputs: Outputs) -> dict[str, float]:
+        calls.append(set(outputs))
+        return {"forget": 0.25}
+
+    entry = METRICS["accuracy"]
+    monkeypatch.setitem(METRICS._entries, "accuracy", replace(entry, function=accuracy, version="later"))
+    tables = []
+    for _ in range(2):
+        export.export(store)
+        table = results.get_table(store, "exports/metrics.parquet").to_pylist()
+        tables.append([line["value"] for line in table if line["metric"] == "accuracy"])
+    assert tables == [[0.25], [0.25]]
+    assert len(calls) == 1
+    assert results.get_row(store, key(run)).metric_versions["accuracy"] == entry.version, "rows are never written again"
 
 
 # ---- blocks of subset models ---------------------------------------------------------------------------------------

@@ -131,6 +131,30 @@ def test_each_draw_has_its_own_references_and_lines_are_over_the_draws(tmp_path:
     assert shaped["forget_spread"] == pytest.approx(np.std([5, 30], ddof=1))
 
 
+def test_lines_say_which_draws_they_are_over(tmp_path: Path) -> None:
+    """Draw 2 has no references, draw 1 has one, and `late` ran on draw 0 alone."""
+    runs = [
+        line(f"{arm}{draw}", arm, accuracy, seed=draw, forget_draw=draw)
+        for arm, found in (("finetune", (0.5, 0.6, 0.1)), ("late", (0.4,)))
+        for draw, accuracy in enumerate(found)
+    ]
+    read = load.load(export(tmp_path, [*references(0.6, 0.6), *references(0.9, draw=1), *runs]))
+    frame = tables.comparison_table(read, SWEEP)
+    found = {item["arm"]: item for item in frame.to_dicts()}
+    assert (found["finetune"]["draws"], found["finetune"]["num_runs"], found["finetune"]["is_partial"]) == (
+        "0, 1",
+        2,
+        False,
+    )
+    assert found["finetune"]["forget_difference"] == pytest.approx(20)
+    assert (found["late"]["draws"], found["late"]["num_runs"], found["late"]["is_partial"]) == ("0", 1, True)
+    (shown,) = tables.render(frame)
+    assert "1 to 2 references a draw, 1 to 2 runs a line, over the forget draws 0, 1" in str(shown.title)
+    assert list(shown.columns[0].cells) == ["finetune", "late [draw 0]"]
+    shaped = {item["arm"]: item for item in paper.paper_table(read, SWEEP).to_dicts()}
+    assert [shaped[arm]["num_runs"] for arm in ("finetune", "late")] == [2, 1]
+
+
 def test_pairs_without_spread_have_a_point_and_no_p(tmp_path: Path) -> None:
     (compared,) = paired(tmp_path, [0.9, 0.8], [0.7, 0.6])
     assert compared["difference"] == pytest.approx(0.2)
