@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,40 +13,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.commands import ROOT, command, contents, rows, run
+
 SMALL = ["campaign.models=20", "training.epochs=4", "references=2", "seeds=0,1", "epochs=1"]
 SMALL += ["forget_sets=random,most_memorized", "methods=identity,del,finetune,random_within_tensor", "budget=0.1,0.3"]
 OPTIONS = [word for assignment in SMALL for word in ("--set", assignment)]
 NUM_RUNS = 2 * 2 * (1 + 4 + 2 + 4) + 2 * 2  # forget sets x seeds x settings, and the references
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "jobs", *words]
-
-
-def run(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*words),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **(environment or {})},
-    )
-
-
-def rows(store: Path) -> dict[str, dict[str, object]]:
-    """Rows by key, without provenance."""
-    found = {}
-    for path in (store / "rows").glob("*.json"):
-        body = json.loads(path.read_text())["body"]
-        del body["provenance"]
-        found[path.stem] = body
-    return found
-
-
-def contents(store: Path, folder: str, ending: str) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in (store / folder).rglob(f"*{ending}")}
 
 
 def kill_when(words: list[str], ready: Path, pattern: str, count: int) -> None:
@@ -121,7 +93,10 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_rows_and_scores(finished:
     finished_models = 10 * len(blocks) + len(models) - len(blocks)
     assert not (store / "scores").exists()
     left = run("sweep", "digits", *OPTIONS, "--storage", str(store), "--dry-run").stdout
-    assert f"subset models: {finished_models} in the store, {20 - finished_models} to compute" in left
+    found = re.search(r"subset models: (\d+) in the store, (\d+) to compute", left)
+    assert found is not None, left
+    assert int(found[1]) >= finished_models, "a worker may have finished what it was at"
+    assert int(found[1]) + int(found[2]) == 20
     kill_when(command(*words), store, "rows/*.json", 12)  # in the sweep: there are four references
     stamps = {path: path.stat().st_mtime_ns for path in (store / "rows").glob("*.json")}
     assert 12 <= len(stamps) < NUM_RUNS
@@ -135,97 +110,6 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_rows_and_scores(finished:
     assert contents(store, "outputs", ".safetensors") == contents(finished, "outputs", ".safetensors")
     tables = [pq.read_table(next((root / "scores").glob("*[0-9a-f].parquet"))) for root in (store, finished)]
     assert tables[0].equals(tables[1])
-
-
-def test_a_termination_signal_exits_130_and_the_next_command_goes_on(tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    words = ["memorize", "digits", "--set", "campaign.models=40", "--set", "training.epochs=3", "--storage", str(store)]
-    process = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not list(store.glob("campaigns/*/blocks/*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert run(*words).returncode == 0
-
-
-def test_a_run_that_fails_leaves_an_attempt_and_exit_code_1_and_is_tried_again(tmp_path: Path) -> None:
-    plugin, switch = tmp_path / "mine.py", tmp_path / "works"
-    plugin.write_text(
-        "from pathlib import Path\n"
-        "from orchestrator.training import clone\n"
-        "from orchestrator.unlearning import METHODS\n"
-        "@METHODS\n"
-        "def moody(model):\n"
-        '    """Fails until a file is there."""\n'
-        f"    if not Path({str(switch)!r}).exists():\n"
-        '        raise RuntimeError("not in the mood")\n'
-        "    return clone(model)\n"
-    )
-    store = tmp_path / "store"
-    few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=identity,moody"]
-    words = [
-        "sweep",
-        "digits",
-        "--plugin",
-        str(plugin),
-        "--storage",
-        str(store),
-        "--workers",
-        "2",
-        "--tracking-uri",
-        "none",
-    ]
-    words += [word for assignment in few for word in ("--set", assignment)]
-    first = run(*words)
-    assert first.returncode == 1, first.stdout + first.stderr
-    assert "not in the mood" in first.stdout
-    assert "Traceback" not in first.stdout + first.stderr
-    assert len(rows(store)) == 3
-    statuses = [line["status"] for line in pq.read_table(store / "exports" / "runs.parquet").to_pylist()]
-    assert sorted(statuses) == ["done"] * 3 + ["failed"]
-    assert "not in the mood" in run("status", "--storage", str(store)).stdout
-    switch.touch()
-    second = run(*words)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "1 models trained" in second.stdout
-    assert len(rows(store)) == 4
-
-
-def test_what_kills_its_workers_or_lacks_its_mask_is_a_failure_and_the_others_go_on(tmp_path: Path) -> None:
-    plugin, store = tmp_path / "mine.py", tmp_path / "store"
-    plugin.write_text(
-        "import os\n"
-        "from orchestrator.unlearning import METHODS\n"
-        "@METHODS\n"
-        "def deadly(model):\n"
-        '    """Ends its process."""\n'
-        "    os._exit(1)\n"
-        "from orchestrator.localization import STRATEGIES\n"
-        "@STRATEGIES\n"
-        "def broken(model):\n"
-        '    """Scores nothing."""\n'
-        "    raise KeyError('no score')\n"
-    )
-    few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=deadly,identity,del"]
-    few += ["methods.del.strategy=broken", "methods.del.budget=0.1,0.3", "methods.del.lr=0.1"]
-    words = ["sweep", "digits", "--plugin", str(plugin), "--storage", str(store), "--workers", "2"]
-    words += [word for assignment in few for word in ("--set", assignment)]
-    ended = run(*words, "--tracking-uri", "none")
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert "3 workers died on it" in " ".join(ended.stdout.split())
-    assert "failed localization" in ended.stdout
-    assert "(broken on random): KeyError: 'no score'" in ended.stdout
-    assert "2 runs are not started: what they need has failed" in ended.stdout
-    assert "2 failed; the first: KeyError" in ended.stdout
-    assert "Traceback" not in ended.stdout + ended.stderr
-    assert len(rows(store)) == 3
-    statuses = [line["status"] for line in pq.read_table(store / "exports" / "runs.parquet").to_pylist()]
-    assert sorted(statuses) == ["done"] * 3 + ["failed"]
 
 
 def test_a_row_cut_in_half_is_named_and_nothing_else_is_lost(finished: Path, tmp_path: Path) -> None:
@@ -280,59 +164,6 @@ def test_damaged_outputs_are_named_and_the_last_export_stays_whole(finished: Pat
     assert mended.returncode == 0, mended.stderr
     assert rows(store) == rows(finished)
     assert run("export", "--storage", str(store)).returncode == 0
-
-
-BAD = {
-    "recipe": ["sweep", "digit"],
-    "field": ["sweep", "digits", "--set", "traning.epochs=3"],
-    "method": ["sweep", "digits", "--set", "methods=dell"],
-    "value": ["sweep", "digits", "--set", "training.epochs=many"],
-    "budget": ["sweep", "digits", "--set", "budget=0.1,1.5"],
-    "no budget": ["sweep", "digits", "--set", "budget=0"],
-    "data file": ["sweep", "cifar10_small", "--set", "data.train=/nowhere.parquet"],
-    "forget set": ["references", "digits", "--set", "data.label_noise=0"],
-    "plugin": ["sweep", "digits", "--plugin", "/nowhere.py"],
-    "storage": ["memorize", "digits", "--storage", "/dev/null/store"],
-    "too deep": ["sweep", "digits", "--set", "methods=eu_k", "--set", "k=2,99"],
-    "no storage": ["memorize", "digits", "--storage", ""],
-    "nothing to read": ["export", "--storage", ""],
-    "nobody listens": ["memorize", "digits", "--address", "127.0.0.1:9"],
-    "no client server": ["memorize", "digits", "--address", "ray://127.0.0.1:9"],
-    "bucket": ["memorize", "digits", "--storage", "gs://bucket/store"],
-    "mlflow": ["sweep", "digits", "--tracking-uri", "http://127.0.0.1:9"],
-    "cluster": ["memorize", "digits", "--address", "http://127.0.0.1:9"],
-    "batch": ["memorize", "digits", "--set", "training.batch_size=5000"],
-    "catalogue": ["list", "methodes"],
-    "submission": ["submit", "--", "sweep", "digits", "--storage", "relative"],
-}
-
-
-@pytest.mark.parametrize("words", BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_sentence_and_exit_code_2_before_any_training(words: list[str], tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    extra = [] if "--storage" in words or words[0] in ("list", "submit") else ["--storage", str(store)]
-    refused = run(*words, *extra)
-    assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert refused.stderr.startswith("unlearn: ")
-    assert "Traceback" not in refused.stderr
-    assert len(refused.stderr.strip().splitlines()) == 1
-    assert not (store / "campaigns").exists()
-    assert not (store / "models").exists()
-
-
-def test_a_corrupt_data_file_is_refused(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.parquet"
-    broken.write_bytes(b"PAR1 and then nothing")
-    words = ["--set", f"data.train={broken}", "--set", f"data.test={broken}", "--storage", str(tmp_path / "store")]
-    refused = run("memorize", "cifar10_small", *words)
-    assert refused.returncode == 2
-    assert "not a readable Parquet file" in refused.stderr
-
-
-def test_a_relative_root_is_refused_inside_a_ray_job() -> None:
-    refused = run("memorize", "digits", environment={"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
-    assert refused.returncode == 2
-    assert "absolute path" in refused.stderr
 
 
 def test_a_dry_run_says_what_is_missing_and_trains_nothing(finished: Path, tmp_path: Path) -> None:
@@ -392,64 +223,8 @@ def test_runs_performed_where_only_torch_and_numpy_are_come_back_bit_for_bit(fin
     assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
 
 
-def test_help_is_there_for_every_command_and_imports_nothing_heavy() -> None:
-    script = (
-        "import sys; from jobs.cli import app; from typer.testing import CliRunner\n"
-        "result = CliRunner().invoke(app, ['--help']); print(result.output)\n"
-        "heavy = {'torch', 'ray', 'mlflow', 'pyarrow', 'numpy'} & set(sys.modules); assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    readme = (ROOT / "README.md").read_text()
-    for name in (
-        "demo",
-        "memorize",
-        "references",
-        "sweep",
-        "status",
-        "track",
-        "export",
-        "report",
-        "list",
-        "submit",
-        "pack",
-        "unpack",
-    ):
-        assert name in done.stdout
-        assert f"unlearn {name}" in readme
-        assert run(name, "--help").returncode == 0
-
-
-def test_the_catalogue_lists_what_is_registered() -> None:
-    listed = run("list")
-    assert listed.returncode == 0
-    for name in ("digits", "cifar10_small", "reset_and_finetune", "weighted_gradient", "most_memorized", "tug_of_war"):
-        assert name in listed.stdout
-
-
 def test_explain_names_the_fields_that_differ(finished: Path) -> None:
     runs = pq.read_table(finished / "exports" / "runs.parquet").to_pylist()
     arm = [r for r in runs if r["method"] == "finetune" and r["forget_set"] == "random" and r["seed"] == 0]
     explained = run("explain", arm[0]["key"], arm[1]["key"], "--storage", str(finished))
     assert explained.stdout.strip() in ("method.options.lr: 0.03 and 0.1", "method.options.lr: 0.1 and 0.03")
-
-
-def test_the_method_that_the_readme_shows_runs_as_shown(tmp_path: Path) -> None:
-    blocks = (ROOT / "README.md").read_text().split("```")
-    code = next(block for block in blocks if block.startswith("python\n# shrink.py"))
-    plugin, store = tmp_path / "shrink.py", tmp_path / "store"
-    plugin.write_text(code.removeprefix("python\n"))
-    few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=shrink"]
-    few += [
-        "methods.shrink.strategy=weighted_gradient",
-        "methods.shrink.budget=0.1,0.3",
-        "methods.shrink.factor=0.5,0.8",
-    ]
-    words = ["sweep", "digits", "--plugin", str(plugin), "--storage", str(store), "--tracking-uri", "none"]
-    done = run(*words, *[word for assignment in few for word in ("--set", assignment)])
-    assert done.returncode == 0, done.stdout + done.stderr
-    runs = pq.read_table(store / "exports" / "runs.parquet").to_pylist()
-    assert sorted(r["options"] for r in runs if r["method"] == "shrink") == sorted(
-        f'{{"batch_size":64,"epochs":5,"factor":{factor},"lr":0.03}}' for factor in (0.5, 0.5, 0.8, 0.8)
-    )
-    assert all(r["steps_ratio"] > 0 for r in runs if r["method"] == "shrink")
