@@ -255,7 +255,9 @@ def main() -> None:
     """Run the command line; bad input is one sentence and exit code 2, an interrupt 130, failed runs 1."""
     try:
         app()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # typer's answer to an interrupt
+            raise
         _stop("interrupted; what is finished is kept, and the same command goes on from there", 130)
     except Exception as error:
         from orchestrator.registry import InputError

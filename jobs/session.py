@@ -90,10 +90,23 @@ def open_session(options: Options) -> Session:
     plugins = load_plugins(options.plugins)
     study = make_study(options)
     store = open_store(options.storage)
-    dataset: Dataset = study.data.entry({}, study.data.options)
+    dataset = _dataset(study, options.dry_run)
     study = planning.pinned(study, dataset, store)
     context = Context(store, plugins, study.data.label, git_commit())
     return Session(options, study, dataset, store, planning.make(study, dataset, store), context)
+
+
+def _dataset(study: Study, dry_run: bool) -> Dataset:
+    """The study's data; a dry run downloads nothing, and says so where something is missing."""
+    source = study.data
+    if not dry_run or not source.options.get("download"):
+        dataset: Dataset = source.entry({}, source.options)
+        return dataset
+    try:
+        found: Dataset = source.entry({}, {**source.options, "download": False})
+    except InputError as error:
+        raise InputError(f"a dry run downloads nothing: {error}") from None
+    return found
 
 
 def git_commit() -> str | None:

@@ -28,6 +28,7 @@ def test_a_termination_signal_exits_130_and_the_next_command_goes_on(tmp_path: P
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
+    assert "interrupted; what is finished is kept" in errors
     assert run(*words).returncode == 0
 
 
