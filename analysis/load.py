@@ -24,6 +24,8 @@ class Tables:
     comparisons: pl.DataFrame
     layers: pl.DataFrame
     memorization: pl.DataFrame
+    campaigns: pl.DataFrame
+    proxies: pl.DataFrame
     examples: pl.DataFrame
     series: pl.DataFrame
 

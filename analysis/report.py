@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from analysis import figures, paper, tables
+from analysis import figures, paper, proxies, tables
 from analysis.load import Tables, load
 from orchestrator.registry import InputError
 
@@ -102,6 +102,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         "notes": _notes(runs),
         "pairing": _pairing(runs),
         "scores": [_scores(read, key) for key in _scores_of(read)],
+        "proxies": _proxies(read),
         "failed": _failed(tables.failed_of_sweep(read, sweep)) if sweep else [],
         "export_id": read.export_id,
         "quality": None,
@@ -211,6 +212,23 @@ def _scores(read: Tables, key: str) -> dict[str, Any]:
         "gallery": _embed(figures.gallery(read, key)),
         "num_shown": len(read.examples.filter(pl.col("scores_key") == key)),
     }
+
+
+def _proxies(read: Tables) -> list[dict[str, Any]]:
+    frame = proxies.proxy_table(read)
+    parts = []
+    for (scores, name), group in frame.group_by("scores_key", "proxies_key", maintain_order=True):
+        lines = group.to_dicts()
+        parts.append(
+            {
+                "scores": str(scores)[:8],
+                "key": str(name)[:8],
+                "columns": proxies.HEADINGS,
+                "lines": [proxies.cells(line) for line in lines],
+                "figure": _embed(proxies.figure(lines)),
+            }
+        )
+    return parts
 
 
 def _tables(frame: pl.DataFrame) -> list[dict[str, Any]]:

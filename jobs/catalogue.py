@@ -14,6 +14,7 @@ from orchestrator.forget_sets import FORGET_SETS
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import COMPARISONS, METRICS
 from orchestrator.models import MODELS
+from orchestrator.proxies import PROXIES
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import Entry, InputError, Registry, suggest
 from orchestrator.unlearning import METHODS
@@ -25,6 +26,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "datasets": DATASETS,
     "models": MODELS,
     "forget-sets": FORGET_SETS,
+    "proxies": PROXIES,
     "metrics": METRICS,
     "comparisons": COMPARISONS,
 }

@@ -99,6 +99,26 @@ def memorize(
 
 
 @app.command()
+def proxies(
+    recipe: Recipe,
+    assignments: Assignments = None,
+    storage: Storage = DEFAULT_STORAGE,
+    workers: Workers = None,
+    gpus_per_worker: GpusPerWorker = 0.0,
+    address: Address = None,
+    plugin: Plugins = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Compute cheap stand-ins for memorization from one training run, and hold them against the scores."""
+    from jobs import proxies as job
+    from jobs.session import Options
+
+    job.run(
+        Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run)
+    )
+
+
+@app.command()
 def references(
     recipe: Recipe,
     assignments: Assignments = None,

@@ -22,7 +22,13 @@ from orchestrator.plan import ScoresSummary
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
 
-NAMES = {"model": "subset models", "original": "originals", "run": "references", "localization": "localizations"}
+NAMES = {
+    "model": "subset models",
+    "original": "originals",
+    "proxies": "proxies",
+    "run": "references",
+    "localization": "localizations",
+}
 
 
 @dataclass
@@ -74,7 +80,7 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     if any(task.kind == "run" for task in tasks):
         print_campaign(session)
     early = plan.models(task for task in tasks if task.kind == "block")
-    early += [task for task in tasks if task.kind == "original"]
+    early += [task for task in tasks if task.kind in ("original", "proxies")]
     late = [[task for task in tasks if task.kind == kind] for kind in ("run", "localization")]
     bases, built = _by_base(late[1])
     with Pool(cluster, Workspace, (session.dataset, session.context, device_of(cluster))) as pool:
@@ -171,6 +177,13 @@ def ensure_scores(session: Session) -> ScoresSummary | None:
     if not plan.needs_scores or plan.missing(plan.blocks()):
         return None
     return planning.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)
+
+
+def ensure_campaign_scores(session: Session) -> None:
+    """Scores of the study's campaign where its blocks are there, also where stored ones do not say which data."""
+    plan = session.plan.against(session.store)
+    if not plan.missing(plan.blocks()):
+        planning.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)
 
 
 def print_scores(summary: ScoresSummary) -> None:

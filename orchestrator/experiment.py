@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 import traceback
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from orchestrator.specs import (
     ForgetSpec,
     LocalizationSpec,
     OriginalSpec,
+    ProxiesSpec,
     RunSpec,
     ScoresSpec,
     key,
@@ -56,7 +59,7 @@ def forget_indices(dataset: Dataset, spec: ForgetSpec, scores: np.ndarray | None
 
 # ---- tasks ---------------------------------------------------------------------------------------------------------
 
-Kind = Literal["model", "block", "original", "localization", "run"]
+Kind = Literal["model", "block", "original", "proxies", "localization", "run"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Task:
     """
 
     kind: Kind
-    spec: CampaignSpec | OriginalSpec | LocalizationSpec | RunSpec
+    spec: CampaignSpec | OriginalSpec | ProxiesSpec | LocalizationSpec | RunSpec
     block: int = 0
     member: int = 0
 
@@ -79,7 +82,9 @@ class Task:
             return f"{self.spec.method.name} on {self.spec.forget.rule.name}, seed {self.spec.seed}"
         if isinstance(self.spec, LocalizationSpec):
             return f"{self.spec.strategy.name} on {self.spec.forget.rule.name}"
-        return f"{self.member} of block {self.block}" if self.kind == "model" else f"seed {self.spec.seed}"
+        if isinstance(self.spec, CampaignSpec):
+            return f"{self.member} of block {self.block}"
+        return f"seed {(self.spec.original if isinstance(self.spec, ProxiesSpec) else self.spec).seed}"
 
     @property
     def object_name(self) -> str:
@@ -89,6 +94,7 @@ class Task:
             "model": f"{parts_of(name, self.block)}/{self.member}.safetensors",
             "block": f"campaigns/{name}/blocks/{self.block}.safetensors",
             "original": f"models/{name}.safetensors",
+            "proxies": f"proxies/{name}.parquet",
             "localization": f"localizations/{name}.safetensors",
             "run": f"rows/{name}.json",
         }[self.kind]
@@ -223,6 +229,21 @@ class Workspace:
             setting = task.spec.setting
             model = pipeline.train_original(self.lab, setting.model, setting.training.build(), task.spec.seed)
         self._put_tensors(task.object_name, model.state_dict())
+        return 1
+
+    def _proxies(self, task: Task) -> int:
+        assert isinstance(task.spec, ProxiesSpec)
+        original = task.spec.original
+        with self._timed():
+            values, seconds = pipeline.proxies(
+                self.lab,
+                task.spec.proxies,
+                original.setting.model,
+                original.setting.training.build(),
+                original.seed,
+            )
+        facts = {"data": original.setting.data, "seconds": json.dumps(seconds), "numerics": self.lab.numerics}
+        results.put_table(self.store, task.object_name, pa.table(values), facts)
         return 1
 
     def _localization(self, task: Task) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ def export(store: Store) -> str:
     # all before the first is written: what is damaged leaves the last export whole
     tables = {name: pa.Table.from_pylist(list(items), schema=TABLES[name]) for name, items in lines.items()}
     tables["memorization"] = _scores_table(store, "memorization", ".parquet")
+    tables["campaigns"] = pa.Table.from_pylist(list(campaign_lines(store)), schema=TABLES["campaigns"])
+    tables["proxies"] = _proxies_table(store)
     tables["examples"] = _scores_table(store, "examples", ".examples.parquet")
     for name, table in tables.items():
         results.put_table(store, f"exports/{name}.parquet", table, footer)
@@ -198,6 +201,40 @@ def _compare_with_all(key: str, others: Sequence[str], outputs: _LazyOutputs) ->
         if "references" in comparison.inputs:
             for split, value in comparison(available, {}).items():
                 yield {"key": key, "reference_key": ALL, "metric": name, "split": split, "value": value}
+
+
+def campaign_lines(store: Store) -> Iterator[dict[str, Any]]:
+    """The table `campaigns`."""
+    for name in store.names("scores"):
+        if name.endswith(".examples.parquet"):
+            continue
+        facts = results.get_table(store, f"scores/{name}").schema.metadata or {}
+        summary = json.loads(facts[b"summary"])
+        data = facts.get(b"data")
+        line = {column: summary.get(column) for column in TABLES["campaigns"].names if column != "data"}
+        yield line | {"data": data.decode() if data else None}
+
+
+def _proxies_table(store: Store) -> pa.Table:
+    """The table `proxies`: one line per proxy and training example."""
+    parts, schema = [], TABLES["proxies"]
+    for name in store.names("proxies"):
+        table = results.get_table(store, f"proxies/{name}")
+        facts = table.schema.metadata or {}
+        seconds = json.loads(facts[b"seconds"])
+        for proxy in table.column_names:
+            count = len(table)
+            columns = {
+                "proxies_key": [name.removesuffix(".parquet")] * count,
+                "data": [facts[b"data"].decode()] * count,
+                "proxy": [proxy] * count,
+                "index": list(range(count)),
+                "value": table[proxy].to_pylist(),
+                "seconds": [seconds[proxy]] * count,
+                "training_seconds": [seconds["training"]] * count,
+            }
+            parts.append(pa.table(columns).cast(schema))
+    return pa.concat_tables(parts) if parts else schema.empty_table()
 
 
 def _scores_table(store: Store, table: str, suffix: str) -> pa.Table:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from orchestrator.data import Dataset, Examples, Outputs, SplitOutputs, Splits
 from orchestrator.localization import Scores, localize
 from orchestrator.models import Factory, factory
+from orchestrator.proxies import PROXIES, Watcher
 from orchestrator.registry import Choice
 from orchestrator.seeds import generator
 from orchestrator.training import Mask, Training, clone, fit, predict
@@ -69,6 +70,44 @@ def train_original(lab: Lab, model: Choice, training: Training, seed: int) -> nn
     stream = generator(seed, "original")
     examples = lab.examples("train").augmented(training.augment)
     return fit(lab.fresh(model)(stream), examples, training=training, generator=stream)
+
+
+def train_watched(
+    lab: Lab, model: Choice, training: Training, seed: int, *, with_curvature: bool
+) -> tuple[nn.Module, Watcher, float]:
+    """Train an original, the same one as ever, and look at it after each epoch; also the seconds of training alone."""
+    stream = generator(seed, "original")
+    made, watcher = lab.fresh(model)(stream), Watcher(lab.examples("train"), with_curvature)
+    examples = lab.examples("train").augmented(training.augment)
+    start = time.perf_counter()
+    fit(made, examples, training=training, generator=stream, report=lambda *_: watcher.look(made))
+    seconds = time.perf_counter() - start - watcher.event_seconds - watcher.curvature_seconds
+    return made, watcher, seconds
+
+
+def proxies(
+    lab: Lab, chosen: Sequence[Choice], model: Choice, training: Training, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Stand-ins for memorization from one training run: by name float64 [n], and what each cost beside the training."""
+    entries = {choice.name: PROXIES[choice.name] for choice in chosen}
+    asked = {name for entry in entries.values() for name in entry.inputs}
+    made, watcher, training_seconds = train_watched(lab, model, training, seed, with_curvature="curvature" in asked)
+    available = {
+        "events": watcher.events,
+        "curvature": watcher.curvature if "curvature" in asked else None,
+        "train": lab.examples("train"),
+        "validation": lab.examples("validation"),
+    }
+    watched = {"events": watcher.event_seconds, "curvature": watcher.curvature_seconds}
+    values, seconds = {}, {"training": training_seconds}
+    for choice in chosen:
+        start = time.perf_counter()
+        given = {"model": clone(made), "generator": generator(seed, "proxy", choice.name)}
+        entry = entries[choice.name]
+        values[choice.name] = entry({**available, **given}, entry.resolve(choice.options))
+        own = time.perf_counter() - start
+        seconds[choice.name] = own + sum(watched[name] for name in entry.inputs & set(watched))
+    return values, seconds
 
 
 def train_subset_model(

@@ -20,10 +20,11 @@ from orchestrator.experiment import Task
 from orchestrator.localization import num_selected
 from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate, split_half_correlation, top_overlap
 from orchestrator.models import factory
+from orchestrator.proxies import PROXIES
 from orchestrator.registry import File, Fits, InputError
 from orchestrator.results import Member, Sweep
 from orchestrator.seeds import generator
-from orchestrator.specs import CampaignSpec, ForgetSet, LocalizationSpec, RunSpec, ScoresSpec, key
+from orchestrator.specs import CampaignSpec, ForgetSet, LocalizationSpec, ProxiesSpec, Proxy, RunSpec, ScoresSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
 from orchestrator.unlearning import METHODS
@@ -76,6 +77,11 @@ class Plan:
 
     def references(self) -> list[Task]:
         return [Task("run", spec) for spec in self.study.reference_runs(self.fingerprint)]
+
+    def proxies(self, validation: bool) -> list[Task]:
+        """The stand-ins for memorization from the first original's training; some need a validation split."""
+        chosen = [Proxy(name=name) for name, entry in PROXIES.items() if validation or "validation" not in entry.inputs]
+        return [Task("proxies", ProxiesSpec(original=self.originals()[0].spec, proxies=tuple(chosen)))]
 
     def localizations(self) -> list[Task]:
         """The distinct localizations of the runs, each base strategy before those that build on it."""
@@ -143,7 +149,7 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
 
 
 def _present(store: Store) -> frozenset[str]:
-    folders = ("campaigns", "models", "localizations", "rows", "scores")
+    folders = ("campaigns", "models", "localizations", "proxies", "rows", "scores")
     return frozenset(f"{folder}/{name}" for folder in folders for name in store.names(folder))
 
 
@@ -239,6 +245,8 @@ def scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
     if not store.exists(name):
         return _compute_scores(store, spec, dataset)
     metadata = results.get_table(store, name).schema.metadata or {}
+    if b"data" not in metadata:  # from before scores said which data they are of
+        return _compute_scores(store, spec, dataset)
     return ScoresSummary(**json.loads(metadata[b"summary"]))
 
 
@@ -314,7 +322,8 @@ def put_scores(tally: Tally) -> ScoresSummary:
     most = np.argsort(-scores.score, kind="stable")[:NUM_PICTURES]
     name = summary.scores_key
     results.put_table(store, f"scores/{name}.examples.parquet", _pictures(dataset, most))
-    results.put_table(store, f"scores/{name}.parquet", table, {"summary": json.dumps(asdict(summary))})
+    facts = {"summary": json.dumps(asdict(summary)), "data": tally.campaign.setting.data}
+    results.put_table(store, f"scores/{name}.parquet", table, facts)
     return summary
 
 

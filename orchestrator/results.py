@@ -23,7 +23,7 @@ from orchestrator.registry import InputError, canonical_json
 from orchestrator.specs import ForgetSpec, Setting, key
 from orchestrator.store import Store
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 _S, _I, _F = pa.string(), pa.int64(), pa.float64()
 TABLES: Mapping[str, pa.Schema] = {
@@ -84,6 +84,27 @@ TABLES: Mapping[str, pa.Schema] = {
             ("high", _F, False),
             ("num_in", _I, False),
             ("num_out", _I, False),
+        ],
+        "campaigns": [
+            ("scores_key", _S, False),
+            ("data", _S, True),
+            ("models", _I, False),
+            ("in_accuracy", _F, False),
+            ("hard_in_accuracy", _F, True),
+            ("test_accuracy", _F, False),
+            ("split_half", _F, True),
+            ("top_overlap", _F, True),
+            ("standard_error", _F, True),
+            ("model_seconds", _F, False),
+        ],
+        "proxies": [
+            ("proxies_key", _S, False),
+            ("data", _S, False),
+            ("proxy", _S, False),
+            ("index", _I, False),
+            ("value", _F, False),
+            ("seconds", _F, False),
+            ("training_seconds", _F, False),
         ],
         "examples": [
             ("scores_key", _S, False),

@@ -13,6 +13,7 @@ from orchestrator.forget_sets import FORGET_SETS
 from orchestrator.localization import STRATEGIES, TopH, granularities, has_own_budget
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.models import MODELS
+from orchestrator.proxies import PROXIES
 from orchestrator.registry import Added, Entry, InputError, Registry, canonical_json, coerce
 from orchestrator.training import Training
 from orchestrator.unlearning import METHODS
@@ -89,6 +90,12 @@ class Method(Named):
     registry = METHODS
 
 
+class Proxy(Named):
+    """A cheap stand-in for memorization."""
+
+    registry = PROXIES
+
+
 class TrainingSpec(Spec):
     """How originals, references and subset models are trained; see training.Training."""
 
@@ -142,19 +149,26 @@ class ScoresSpec(Spec):
     estimator: Literal["correctness"] = "correctness"
 
 
+class OriginalSpec(Spec):
+    """A model trained on the whole training set."""
+
+    setting: Setting
+    seed: int
+
+
+class ProxiesSpec(Spec):
+    """Stand-ins for memorization from one training run, that of an original."""
+
+    original: OriginalSpec
+    proxies: tuple[Proxy, ...]
+
+
 class ForgetSpec(Spec):
     """One drawn forget set; `scores` only where its rule asks for memorization."""
 
     rule: ForgetSet
     draw: int = 0
     scores: ScoresSpec | None = None
-
-
-class OriginalSpec(Spec):
-    """A model trained on the whole training set."""
-
-    setting: Setting
-    seed: int
 
 
 class LocalizationSpec(Spec):

@@ -19,6 +19,7 @@ from orchestrator.forget_sets import FORGET_SETS
 from orchestrator.localization import STRATEGIES, select
 from orchestrator.metrics import COMPARISONS, METRICS
 from orchestrator.models import MODELS, Factory, factory, head_names
+from orchestrator.proxies import PROXIES, Watcher
 from orchestrator.recipes import RECIPES
 from orchestrator.seeds import generator, numpy_generator
 from orchestrator.specs import key
@@ -112,6 +113,13 @@ def numbers() -> dict[str, dict[str, list[float]]]:
         found["strategy"][f"{name} {strategy.version}"] = _summary(
             torch.cat([part.flatten() for part in scores.values()])
         )
+    watcher = Watcher(splits.train, with_curvature=True)
+    watcher.look(model)
+    for name, proxy in PROXIES.items():
+        inputs = {"events": watcher.events, "curvature": watcher.curvature, "model": model, "train": splits.train}
+        inputs |= {"validation": splits.retain, "generator": generator(7, "golden")}
+        small = {option: 2 for option in ("epochs",) if option in proxy.options}
+        found["proxy"][f"{name} {proxy.version}"] = _summary(torch.tensor(proxy(inputs, proxy.resolve(small))))
     for name, kind in MODELS.items():
         small = {option: value for option, value in SMALL.items() if option in kind.options}
         made = factory(name, small, (3, 32, 32) if name == "vgg16" else (3, 16, 16), 5)(generator(3, "golden"))

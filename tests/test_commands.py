@@ -230,3 +230,20 @@ def test_a_campaign_grows_to_its_target_and_equals_one_asked_for_at_once(tmp_pat
     assert run(*words, "--models", found[1], "--storage", str(whole)).returncode == 0
     tables = [pq.read_table(next((store / "scores").glob("*[0-9a-f].parquet"))) for store in (grown, whole)]
     assert tables[0].equals(tables[1])
+    here = [
+        "--set",
+        "training.epochs=1",
+        "--set",
+        f"campaign.models={found[1]}",
+        "--storage",
+        str(grown),
+        "--workers",
+        "1",
+    ]
+    held = run("proxies", "digits", *here)
+    assert held.returncode == 0, held.stdout + held.stderr
+    assert "holdout_retraining" in held.stdout
+    assert "1 models trained" in held.stdout
+    exported = pq.read_table(grown / "exports" / "proxies.parquet")
+    assert len(exported) == 6 * 1200
+    assert "0 models trained" in run("proxies", "digits", *here).stdout

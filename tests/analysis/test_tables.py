@@ -105,7 +105,8 @@ def export(tmp_path: Path) -> Path:
         for p, n in (("conv1.weight", 40), ("head.weight", 18))
     ]
     write_table(tmp_path, "layers", layers)
-    write_table(tmp_path, "series", [])
+    for name in ("series", "campaigns", "proxies"):
+        write_table(tmp_path, name, [])
     write_table(tmp_path, "memorization", [score_line(index) for index in range(40)])
     shown = [
         {"scores_key": "abc", "index": i, "label_name": "cat", "true_label_name": "dog", "png": png(9 * i)}
