@@ -119,8 +119,9 @@ def figure(lines: Sequence[Mapping[str, object]]) -> Figure:
     axes.axvline(0, color="0.6", linewidth=0.8)
     top = known[0]["ceiling"] if known else None
     if isinstance(top, float):
-        axes.axvline(top, color="#D55E00", linestyle="--", label="what the scores' own noise allows")
-        axes.legend(loc="lower left")
+        axes.axvline(top, color="#D55E00", linestyle="--", label="ceiling: what the scores' own noise allows")
+        made.legend(loc="outside upper right", fontsize=8)
     axes.set_xlim(min(-0.1, float(low.min()) - 0.05) if len(known) else -0.1, 1.02)
-    axes.set_xlabel("rank correlation with the memorization scores (95 % bootstrap interval over examples)")
+    axes.set_ylim(-0.6, len(known) - 0.4)
+    axes.set_xlabel("rank correlation with the scores, 95 % bootstrap interval")
     return made
