@@ -18,7 +18,7 @@ from jobs.progress import console
 from jobs.session import Options, Session, existing_store, open_session, open_store
 from orchestrator import export, results
 from orchestrator.data import SplitOutputs
-from orchestrator.experiment import forget_indices, make_row, memorization_scores
+from orchestrator.experiment import forget_indices, make_row, memorization_scores, scores_object
 from orchestrator.offline import FORMAT, labels_digest, load_plugins
 from orchestrator.pipeline import Finished, Layer
 from orchestrator.plan import Plan
@@ -74,10 +74,11 @@ def _order(session: Session) -> dict[str, Any]:
 def _indices(session: Session, spec: RunSpec) -> list[int]:
     scores = None
     if spec.forget.scores is not None:
-        if not session.store.exists(f"scores/{key(spec.forget.scores)}.parquet"):
+        if not session.store.exists(scores_object(spec.forget.scores)):
+            command = "memorize" if session.plan.needs_scores else "references"
             raise InputError(
                 f"forget set {spec.forget.rule.name} needs memorization scores that the store has not; "
-                f"run `unlearn memorize {session.study.recipe}` with the same options first"
+                f"run `unlearn {command} {session.study.recipe}` with the same options first"
             )
         scores = memorization_scores(session.store, spec.forget.scores)
     indices: list[int] = forget_indices(session.dataset, spec.forget, scores, session.store).tolist()

@@ -25,4 +25,5 @@ def run(options: Options) -> None:
 
 
 def _wanted(plan: Plan) -> list[Task]:
-    return [*(plan.blocks() if plan.needs_scores else []), *plan.originals(), *plan.references()]
+    scores = plan.blocks() if plan.needs_scores else plan.stand_ins()
+    return [*scores, *plan.originals(), *plan.references()]

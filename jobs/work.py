@@ -17,7 +17,7 @@ from rich.markup import escape
 from jobs.progress import bars, console
 from jobs.session import Session
 from orchestrator import plan as planning
-from orchestrator.experiment import Outcome, Task, Workspace, memorization_scores, put_failure
+from orchestrator.experiment import Outcome, Task, Workspace, memorization_scores, put_failure, scores_object
 from orchestrator.plan import ScoresSummary
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
@@ -214,7 +214,7 @@ def print_overlaps(session: Session) -> None:
 
     sets = {}
     for spec in session.study.forget_specs(session.dataset.fingerprint):
-        if spec.scores is not None and not session.store.exists(f"scores/{key(spec.scores)}.parquet"):
+        if spec.scores is not None and not session.store.exists(scores_object(spec.scores)):
             continue
         scores = None if spec.scores is None else memorization_scores(session.store, spec.scores)
         sets[spec.rule.name] = forget_indices(session.dataset, spec, scores, session.store)

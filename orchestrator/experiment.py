@@ -35,6 +35,7 @@ from orchestrator.specs import (
     ProxiesSpec,
     RunSpec,
     ScoresSpec,
+    StandInSpec,
     key,
 )
 from orchestrator.store import Store
@@ -391,7 +392,15 @@ def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
     results.put_attempt(store, results.Attempt(key(task.spec), spec, "failed", error, provenance))
 
 
-def memorization_scores(store: Store, spec: ScoresSpec) -> np.ndarray:
-    """Stored memorization scores of the training examples, float64 [n]."""
-    scores: np.ndarray = results.get_table(store, f"scores/{key(spec)}.parquet").column("score").to_numpy()
+def scores_object(spec: ScoresSpec | StandInSpec) -> str:
+    """The stored object that holds memorization scores, or what stands in for them."""
+    if isinstance(spec, StandInSpec):
+        return Task("proxies", spec.computed).object_name
+    return f"scores/{key(spec)}.parquet"
+
+
+def memorization_scores(store: Store, spec: ScoresSpec | StandInSpec) -> np.ndarray:
+    """Stored memorization scores of the training examples, or a stand-in's values, float64 [n]."""
+    column = spec.proxy.name if isinstance(spec, StandInSpec) else "score"
+    scores: np.ndarray = results.get_table(store, scores_object(spec)).column(column).to_numpy()
     return scores

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from orchestrator import results
 from orchestrator.data import Dataset
-from orchestrator.experiment import Task
+from orchestrator.experiment import Task, scores_object
 from orchestrator.localization import num_selected
 from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate, split_half_correlation, top_overlap
 from orchestrator.models import factory
@@ -24,9 +24,19 @@ from orchestrator.proxies import PROXIES
 from orchestrator.registry import File, Fits, InputError
 from orchestrator.results import Member, Sweep
 from orchestrator.seeds import generator
-from orchestrator.specs import CampaignSpec, ForgetSet, LocalizationSpec, ProxiesSpec, Proxy, RunSpec, ScoresSpec, key
+from orchestrator.specs import (
+    CampaignSpec,
+    ForgetSet,
+    LocalizationSpec,
+    ProxiesSpec,
+    Proxy,
+    RunSpec,
+    ScoresSpec,
+    StandInSpec,
+    key,
+)
 from orchestrator.store import Store
-from orchestrator.study import Study
+from orchestrator.study import CAMPAIGN, Study
 from orchestrator.unlearning import METHODS
 
 NUM_PICTURES = 25  # images of the most memorized examples kept with the scores, for the report
@@ -55,8 +65,18 @@ class Plan:
         """The tasks whose inputs are there: original, localization, memorization scores, where they need them."""
         return [task for task in tasks if all(name in self.present for name in _inputs(task))]
 
+    def stand_ins(self) -> list[Task]:
+        """The proxies that forget sets go by in place of a campaign's scores."""
+        spec = self.study.memorization_spec(self.fingerprint)
+        return [Task("proxies", spec.computed)] if self._by_memorization and isinstance(spec, StandInSpec) else []
+
     @property
     def needs_scores(self) -> bool:
+        """Whether a forget set goes by the campaign's scores."""
+        return self._by_memorization and self.study.scores == CAMPAIGN
+
+    @property
+    def _by_memorization(self) -> bool:
         return any("memorization" in rule.entry.inputs for rule in self.study.forget_sets)
 
     def blocks(self) -> list[Task]:
@@ -103,6 +123,7 @@ class Plan:
     def waves(self) -> dict[str, list[Task]]:
         """All tasks but subset models by what they are, in the order in which they must be done."""
         return {
+            **({"proxies": stand_ins} if (stand_ins := self.stand_ins()) else {}),
             "originals": self.originals(),
             "references": self.references(),
             "localizations": self.localizations(),
@@ -138,6 +159,12 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     for rule in study.forget_sets:
         _check_forget_set(rule, dataset, store.get)
     _check_model(study, dataset)
+    if (
+        study.scores in PROXIES
+        and "validation" in PROXIES[study.scores].inputs
+        and not len(dataset.splits["validation"])
+    ):
+        raise InputError(f"scores={study.scores} needs a validation split; set data.num_validation above 0")
     finished = [key(task.spec) for task in (*plan.references(), *plan.runs()) if task.object_name in present]
     for name in finished:
         results.get_row(store, name)
@@ -160,7 +187,7 @@ def _inputs(task: Task) -> list[str]:
         return []
     found = [] if spec.original is None else [Task("original", spec.original).object_name]
     if spec.forget.scores is not None:
-        found.append(f"scores/{key(spec.forget.scores)}.parquet")
+        found.append(scores_object(spec.forget.scores))
     if isinstance(spec, RunSpec) and spec.localization is not None:
         found.append(Task("localization", spec.localization).object_name)
     return found

@@ -163,12 +163,24 @@ class ProxiesSpec(Spec):
     proxies: tuple[Proxy, ...]
 
 
+class StandInSpec(Spec):
+    """One proxy of a training run, in place of memorization scores."""
+
+    original: OriginalSpec
+    proxy: Proxy
+
+    @property
+    def computed(self) -> ProxiesSpec:
+        """What is computed and stored."""
+        return ProxiesSpec(original=self.original, proxies=(self.proxy,))
+
+
 class ForgetSpec(Spec):
-    """One drawn forget set; `scores` only where its rule asks for memorization."""
+    """One drawn forget set; `scores` (of a campaign, or a stand-in) only where its rule asks for memorization."""
 
     rule: ForgetSet
     draw: int = 0
-    scores: ScoresSpec | None = None
+    scores: ScoresSpec | StandInSpec | None = None
 
 
 class LocalizationSpec(Spec):

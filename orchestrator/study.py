@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from orchestrator.localization import TopH, has_own_budget
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.models import is_transformer
+from orchestrator.proxies import PROXIES
 from orchestrator.registry import InputError, coerce, suggest
 from orchestrator.specs import (
     CampaignSpec,
@@ -22,10 +23,12 @@ from orchestrator.specs import (
     Model,
     Named,
     OriginalSpec,
+    Proxy,
     RunSpec,
     ScoresSpec,
     Setting,
     Spec,
+    StandInSpec,
     Strategy,
     TrainingSpec,
     check_fraction,
@@ -36,6 +39,9 @@ from orchestrator.unlearning import METHODS
 
 T = TypeVar("T")
 N = TypeVar("N", bound=Named)
+
+
+CAMPAIGN = "campaign"
 
 
 class Campaign(Spec):
@@ -135,6 +141,9 @@ class Study(Spec):
     Protocol `paired`: data and forget draw are fixed; original and unlearning seed vary together over `seeds`. `del`,
     as in the paper: one original (of seed `original_seed`) and one draw; unlearning varies. `joint`: forget draw,
     original and unlearning vary together, and every draw has references of its own seeds; the data are fixed.
+
+    scores: what forget sets by memorization go by, the `campaign` or the name of a proxy (whose values have a scale of
+    their own: a forget set's `centre` must be set with it).
     """
 
     recipe: str
@@ -143,6 +152,7 @@ class Study(Spec):
     training: TrainingSpec
     campaign: Campaign = Campaign()
     forget_sets: tuple[ForgetSet, ...]
+    scores: str = "campaign"
     protocol: Literal["paired", "del", "joint"] = "paired"
     forget_draw: int = Field(default=0, ge=0)
     original_seed: int = Field(default=0, ge=0)
@@ -165,6 +175,13 @@ class Study(Spec):
             raise InputError(f"forget_sets are {','.join(names) or 'none'}; allowed: one or more distinct names")
         return forget_sets
 
+    @field_validator("scores")
+    @classmethod
+    def _known(cls, scores: str) -> str:
+        if scores != CAMPAIGN and scores not in PROXIES:
+            raise InputError(f"scores is {scores!r}; {suggest(scores, (CAMPAIGN, *PROXIES))}")
+        return scores
+
     def setting(self, fingerprint: str) -> Setting:
         return Setting(data=fingerprint, model=self.model, training=self.training)
 
@@ -173,6 +190,13 @@ class Study(Spec):
 
     def scores_spec(self, fingerprint: str) -> ScoresSpec:
         return ScoresSpec(campaign=self.campaign_spec(fingerprint), blocks=self.campaign.blocks)
+
+    def memorization_spec(self, fingerprint: str) -> ScoresSpec | StandInSpec:
+        """What forget sets go by."""
+        if self.scores == CAMPAIGN:
+            return self.scores_spec(fingerprint)
+        original = OriginalSpec(setting=self.setting(fingerprint), seed=self.original_of(self.seeds[0]))
+        return StandInSpec(original=original, proxy=Proxy(name=self.scores))
 
     def draw_of(self, seed: int) -> int:
         """The forget draw that goes with a seed."""
@@ -187,7 +211,7 @@ class Study(Spec):
         return ForgetSpec(
             rule=rule,
             draw=draw if "rng" in rule.entry.inputs else 0,
-            scores=self.scores_spec(fingerprint) if "memorization" in rule.entry.inputs else None,
+            scores=self.memorization_spec(fingerprint) if "memorization" in rule.entry.inputs else None,
         )
 
     def forget_specs(self, fingerprint: str) -> list[ForgetSpec]:
@@ -315,7 +339,7 @@ def _assigned(study: Study, path: str, text: str, later: Mapping[str, str]) -> S
         changes = _arms(study.methods, rest, text, path)
     elif field == "seeds" and not rest:
         changes = text.split(",")
-    elif field in ("references", "forget_draw", "original_seed", "protocol") and not rest:
+    elif field in ("references", "forget_draw", "original_seed", "protocol", "scores") and not rest:
         changes = text
     elif not rest and _arms_with(study, field):
         arms = _arms_with(study, field)
@@ -345,6 +369,7 @@ def _fields(study: Study) -> list[str]:
         "references",
         "seeds",
         "protocol",
+        "scores",
         "forget_draw",
         "original_seed",
         "forget_sets",

@@ -25,8 +25,10 @@ from orchestrator.specs import (
     MaskSpec,
     Method,
     Model,
+    Proxy,
     RunSpec,
     Setting,
+    StandInSpec,
     Strategy,
     TrainingSpec,
     key,
@@ -242,6 +244,22 @@ def test_a_metric_that_came_later_is_computed_once(
     assert tables == [[0.25], [0.25]]
     assert len(calls) == 1
     assert results.get_row(store, key(run)).metric_versions["accuracy"] == entry.version, "rows are never written again"
+
+
+def test_a_forget_set_by_a_proxy_is_the_top_of_its_stored_values(dataset: Dataset, tmp_path: Path) -> None:
+    original = run_of(dataset, "finetune").original
+    assert original is not None
+    stand_in = StandInSpec(original=original, proxy=Proxy(name="confidence"))
+    store = Store(str(tmp_path))
+    workspace = Workspace(dataset, Context(store))
+    task = Task("proxies", stand_in.computed)
+    assert workspace.perform(task).error is None
+    values = results.get_table(store, task.object_name).column("confidence").to_numpy()
+    assert np.ptp(values) > 0
+    rule = ForgetSet(name="most_memorized", options={"count": 7})
+    indices, splits = workspace.forget(ForgetSpec(rule=rule, scores=stand_in))
+    assert indices.tolist() == sorted(np.argsort(-values, kind="stable")[:7].tolist())
+    assert len(splits.retain) == 193
 
 
 # ---- blocks of subset models ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
-from orchestrator.specs import ForgetSet, Model, Strategy, key
+from orchestrator.specs import ForgetSet, ForgetSpec, Model, StandInSpec, Strategy, key
 from orchestrator.study import Arm, Campaign, Study, override
 from tests import golden
 
@@ -17,6 +17,19 @@ DATA = "0" * 64
 @pytest.fixture
 def digits() -> Study:
     return RECIPES["digits"].function()
+
+
+def test_forget_sets_go_by_a_proxy_where_asked(digits: Study) -> None:
+    plain, by_proxy = digits, override(digits, ["scores=confidence"])
+    before, after = ({spec.rule.name: spec for spec in study.forget_specs(DATA)} for study in (plain, by_proxy))
+    assert before["random"] == after["random"]
+    found = after["most_memorized"].scores
+    assert isinstance(found, StandInSpec)
+    assert (found.proxy.name, found.original.seed) == ("confidence", 0)
+    assert key(before["most_memorized"]) != key(after["most_memorized"])
+    assert ForgetSpec(**after["most_memorized"].model_dump(mode="json")) == after["most_memorized"]
+    with pytest.raises(InputError, match="scores is 'confidense'; did you mean 'confidence'"):
+        override(digits, ["scores=confidense"])
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------
