@@ -50,7 +50,9 @@ def score_distribution(tables: Tables, scores_key: str) -> Figure:
     axes.hist(counts, bins=bins, label=labels, color=[colour for _, _, colour in parts])
     axes.set_yscale("log")
     models = scores["num_in"][0] + scores["num_out"][0]
-    axes.set_xlabel(f"memorization score (in-accuracy minus out-accuracy, {models} subset models)")
+    kinds = tables.campaigns.filter(pl.col("scores_key") == scores_key)["estimator"].to_list()
+    of = "probability of the label" if kinds == ["probability"] else "accuracy"
+    axes.set_xlabel(f"memorization score ({of}: inside minus outside; {models} subset models)")
     axes.set_ylabel("training examples")
     axes.legend()
     return figure

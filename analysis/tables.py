@@ -358,7 +358,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """What a set of memorization scores finds; the last three are None where no label is known to be flipped."""
+    """What a set of memorization scores finds; auc and what follows is None where no label is known to be flipped."""
 
     num_examples: int
     num_models: int
@@ -368,6 +368,7 @@ class ScoreSummary:
     auc: float | None
     precision: float | None
     held_out_auc: float | None
+    estimator: str = "correctness"
 
     @property
     def passes_gate(self) -> bool:
@@ -377,6 +378,7 @@ class ScoreSummary:
 
 def score_summary(tables: Tables, scores_key: str) -> ScoreSummary:
     """Fit of the subset models, and how well score and held-out error alone find the flipped labels."""
+    campaign = tables.campaigns.filter(pl.col("scores_key") == scores_key).to_dicts()
     scores = tables.memorization.filter(pl.col("scores_key") == scores_key)
     flipped = (scores["label"] != scores["true_label"]).to_numpy()
     hard = scores.filter(pl.col("out_mean") < 0.5)
@@ -387,8 +389,9 @@ def score_summary(tables: Tables, scores_key: str) -> ScoreSummary:
     return ScoreSummary(
         num_examples=len(scores),
         num_models=int(scores["num_in"][0] + scores["num_out"][0]),
-        in_accuracy=_in_accuracy(scores),
-        hard_in_accuracy=_in_accuracy(hard) if len(hard) else None,
+        estimator=campaign[0]["estimator"] if campaign else "correctness",
+        in_accuracy=campaign[0]["in_accuracy"] if campaign else _in_accuracy(scores),
+        hard_in_accuracy=campaign[0]["hard_in_accuracy"] if campaign else _in_accuracy(hard) if len(hard) else None,
         num_flipped=count,
         auc=_area(score, flipped) if known else None,
         precision=float(flipped[top].mean()) if known else None,

@@ -51,7 +51,7 @@ def run(options: Options, goal: Goal = Goal()) -> None:
         counts = session.plan.campaign_counts()
         console.print(f"subset models: {counts['done']} in the store, {counts['missing']} to train", highlight=False)
         return
-    cost = work.Cost(cached=len(session.plan.blocks()) - len(session.plan.missing(session.plan.blocks())))
+    cost = work.Cost(cached=session.plan.campaign_counts()["done"])
     if session.plan.missing(session.plan.blocks()):
         with work.cluster_of(session) as cluster:
             work.prepare(session, cluster, lambda plan: plan.blocks(), cost)
@@ -65,10 +65,11 @@ def _grow(session: Session, goal: Goal) -> None:
     """Add blocks in rounds until a target is met; blocks that are in the store are read first."""
     campaign = session.study.campaign_spec(session.dataset.fingerprint)
     most = (goal.models or MOST_MODELS) // BLOCK_SIZE
-    begin, tally, cost = time.monotonic(), Tally(session.store, campaign, session.dataset), work.Cost()
+    begin, cost = time.monotonic(), work.Cost()
+    tally = Tally(session.store, campaign, session.dataset, session.study.campaign.estimator)
     while tally.blocks < most and Task("block", campaign, tally.blocks).object_name in session.plan.present:
         tally.add()
-        cost.cached += 1
+        cost.cached += BLOCK_SIZE
     reason = _enough(tally, goal, most, begin)
     if session.options.dry_run:
         state = f"enough: {reason}" if reason else "more are needed"
@@ -77,7 +78,7 @@ def _grow(session: Session, goal: Goal) -> None:
     if reason is None:
         with work.cluster_of(session) as cluster:
             reason = _rounds(session, cluster, goal, tally, most, begin, cost)
-    if tally.blocks:
+    if tally.can_estimate:
         work.print_scores(planning.put_scores(tally))
         console.print(
             f"stopped at {BLOCK_SIZE * tally.blocks} models: {reason}. Intervals are nominal: stopping looked at the "
@@ -88,7 +89,7 @@ def _grow(session: Session, goal: Goal) -> None:
 
 
 def _enough(tally: Tally, goal: Goal, most: int, begin: float) -> str | None:
-    if tally.blocks and (met := goal.met(tally.summary())):
+    if tally.can_estimate and (met := goal.met(tally.summary())):
         return met
     if tally.blocks >= most:
         return f"--models {BLOCK_SIZE * most}"
@@ -115,6 +116,8 @@ def _rounds(
                 tally.add()
             if reason := _enough(tally, goal, most, begin):
                 return reason
+            if not tally.can_estimate:
+                continue
             summary = tally.summary()
             halves = "" if summary.split_half is None else f", split-half rank correlation {summary.split_half:.3f}"
             console.print(

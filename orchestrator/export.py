@@ -212,7 +212,8 @@ def campaign_lines(store: Store) -> Iterator[dict[str, Any]]:
         summary = json.loads(facts[b"summary"])
         data = facts.get(b"data")
         line = {column: summary.get(column) for column in TABLES["campaigns"].names if column != "data"}
-        yield line | {"data": data.decode() if data else None}
+        plain = {"data": data.decode() if data else None, "estimator": summary.get("estimator", "correctness")}
+        yield line | plain
 
 
 def _proxies_table(store: Store) -> pa.Table:

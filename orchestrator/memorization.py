@@ -69,6 +69,35 @@ class Counts:
         )
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Sums and sums of squares over subset models per training example, float64 [n], totals int64; blocks add up."""
+
+    in_sum: np.ndarray
+    in_squares: np.ndarray
+    in_total: np.ndarray
+    out_sum: np.ndarray
+    out_squares: np.ndarray
+    out_total: np.ndarray
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(**{name: part + getattr(other, name) for name, part in vars(self).items()})
+
+
+Tallied = Counts | Moments
+"""What subset models come to: of 0/1 correctness, or of the probability of the given label."""
+
+
+def moments(membership: np.ndarray, values: np.ndarray) -> Moments:
+    """Tally values float64 [models, n] by membership bool [models, n]."""
+    parts = {}
+    for side, chosen in (("in", membership), ("out", ~membership)):
+        parts[f"{side}_sum"] = np.where(chosen, values, 0.0).sum(axis=0)
+        parts[f"{side}_squares"] = np.where(chosen, values**2, 0.0).sum(axis=0)
+        parts[f"{side}_total"] = chosen.sum(axis=0)
+    return Moments(**parts)
+
+
 def count(membership: np.ndarray, correct: np.ndarray) -> Counts:
     """Tally correctness bool [models, n] by membership bool [models, n]."""
     return Counts(
@@ -81,7 +110,10 @@ def count(membership: np.ndarray, correct: np.ndarray) -> Counts:
 
 @dataclass(frozen=True)
 class MemorizationScores:
-    """Score = in_mean - out_mean of 0/1 correctness per training example, with a 95 % interval; arrays [n]."""
+    """Score = in_mean - out_mean per training example, with a 95 % interval; arrays [n].
+
+    Of 0/1 correctness, or of the probability of the given label; the two are never mixed.
+    """
 
     in_mean: np.ndarray
     out_mean: np.ndarray
@@ -93,8 +125,38 @@ class MemorizationScores:
     num_out: np.ndarray
 
 
-def estimate(counts: Counts) -> MemorizationScores:
-    """Feldman-Zhang scores (2020, section 4) of 0/1 outcomes.
+def estimate(tallied: Tallied) -> MemorizationScores:
+    """Feldman-Zhang scores (2020, section 4) of what subset models come to, with intervals that fit its kind."""
+    return _of_counts(tallied) if isinstance(tallied, Counts) else _of_moments(tallied)
+
+
+def _of_moments(tallied: Moments) -> MemorizationScores:
+    """Scores of a continuous outcome: Welch's t-intervals with Satterthwaite's degrees of freedom.
+
+    Raises ValueError where an example has fewer than two models on a side. Without spread the interval is a point.
+    """
+    from scipy.stats import t
+
+    if min(tallied.in_total.min(), tallied.out_total.min()) < 2:
+        raise ValueError("every example must be in at least two subsets and out of at least two")
+    means, parts = [], []
+    for total, values, squares in (
+        (tallied.in_total, tallied.in_sum, tallied.in_squares),
+        (tallied.out_total, tallied.out_sum, tallied.out_squares),
+    ):
+        means.append(values / total)
+        parts.append(np.maximum(0.0, squares - total * means[-1] ** 2) / (total - 1) / total)
+    score, variance = means[0] - means[1], parts[0] + parts[1]
+    below = parts[0] ** 2 / (tallied.in_total - 1) + parts[1] ** 2 / (tallied.out_total - 1)
+    smallest = np.minimum(tallied.in_total, tallied.out_total) - 1
+    freedom = np.divide(variance**2, below, out=smallest.astype(np.float64), where=below > 0)
+    half = t.ppf(0.975, freedom) * np.sqrt(variance)
+    totals = tallied.in_total, tallied.out_total
+    return MemorizationScores(means[0], means[1], score, np.sqrt(variance), score - half, score + half, *totals)
+
+
+def _of_counts(counts: Counts) -> MemorizationScores:
+    """Scores of 0/1 outcomes.
 
     Intervals: Newcombe's hybrid score interval for a difference (1998, method 10). Standard errors after Agresti
     and Caffo (2000), one success and one failure added to each side, so none is zero. Raises ValueError where an
@@ -124,7 +186,7 @@ def wilson(hits: np.ndarray, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.minimum(share, centre - half), np.maximum(share, centre + half)
 
 
-def split_half_correlation(first: Counts, second: Counts) -> float | None:
+def split_half_correlation(first: Tallied, second: Tallied) -> float | None:
     """Spearman rank correlation between the scores of two halves of a campaign; None where one half is constant."""
     from scipy.stats import rankdata
 
@@ -134,7 +196,7 @@ def split_half_correlation(first: Counts, second: Counts) -> float | None:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def top_overlap(first: Counts, second: Counts, share: float = 0.05) -> float:
+def top_overlap(first: Tallied, second: Tallied, share: float = 0.05) -> float:
     """Share of the most memorized examples by one half of a campaign that are so by the other too; ties by position."""
     scores = [estimate(half).score for half in (first, second)]
     number = max(1, round(share * len(scores[0])))

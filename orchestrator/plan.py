@@ -18,14 +18,24 @@ from orchestrator import results
 from orchestrator.data import Dataset
 from orchestrator.experiment import Task, scores_object
 from orchestrator.localization import num_selected
-from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate, split_half_correlation, top_overlap
+from orchestrator.memorization import (
+    BLOCK_SIZE,
+    Counts,
+    Tallied,
+    count,
+    estimate,
+    moments,
+    split_half_correlation,
+    top_overlap,
+)
 from orchestrator.models import factory
-from orchestrator.proxies import PROXIES
+from orchestrator.proxies import PROXIES, log_probabilities
 from orchestrator.registry import File, Fits, InputError
 from orchestrator.results import Member, Sweep
 from orchestrator.seeds import generator
 from orchestrator.specs import (
     CampaignSpec,
+    Estimator,
     ForgetSet,
     LocalizationSpec,
     ProxiesSpec,
@@ -259,6 +269,7 @@ class ScoresSummary:
     model_seconds: float
     standard_error: float | None = None  # mean over examples; None: from before it was kept
     top_overlap: float | None = None  # of the 5 % most memorized by either half
+    estimator: str = "correctness"
 
     @property
     def passes_gate(self) -> bool:
@@ -284,21 +295,34 @@ class Tally:
     store: Store
     campaign: CampaignSpec
     dataset: Dataset
+    estimator: Estimator = "correctness"
     blocks: int = 0
-    _halves: list[Counts | None] = field(default_factory=lambda: [None, None])
+    _halves: list[Tallied | None] = field(default_factory=lambda: [None, None])
+    _correct: Counts | None = None
     _test: list[float] = field(default_factory=list)
     _seconds: float = 0.0
 
     def add(self) -> None:
         """Read the next block from the store."""
         arrays = results.unpack(self.store, Task("block", self.campaign, self.blocks).object_name)
-        correct = arrays["train"].argmax(axis=2) == self.dataset.split_labels("train")
-        counts = count(arrays["membership"].astype(bool), correct)
-        before = self._halves[self.blocks % 2]
-        self._halves[self.blocks % 2] = counts if before is None else before + counts
+        labels, membership = self.dataset.split_labels("train"), arrays["membership"].astype(bool)
+        correct = count(membership, arrays["train"].argmax(axis=2) == labels)
+        self._correct = correct if self._correct is None else self._correct + correct
+        half: Any = correct
+        if self.estimator == "probability":
+            half = moments(membership, np.stack([_label_probabilities(part, labels) for part in arrays["train"]]))
+        before: Any = self._halves[self.blocks % 2]
+        self._halves[self.blocks % 2] = half if before is None else before + half
         self._test.append(float(arrays["test_accuracy"].mean()))
         self._seconds += float(arrays["seconds"].sum())
         self.blocks += 1
+
+    @property
+    def can_estimate(self) -> bool:
+        """Whether every example was in and out of enough models: one each, for probabilities two."""
+        held_out = BLOCK_SIZE - round(self.campaign.fraction * BLOCK_SIZE)
+        fewest = self.blocks * min(held_out, BLOCK_SIZE - held_out)
+        return fewest >= (2 if self.estimator == "probability" else 1)
 
     @property
     def seconds(self) -> float:
@@ -306,34 +330,45 @@ class Tally:
         return self._seconds
 
     @property
-    def total(self) -> Counts:
+    def total(self) -> Tallied:
+        first: Any
+        second: Any
         first, second = self._halves
         assert first is not None, "no block was read"
-        return first if second is None else first + second
+        total: Tallied = first if second is None else first + second
+        return total
 
     @property
     def spec(self) -> ScoresSpec:
-        return ScoresSpec(campaign=self.campaign, blocks=self.blocks)
+        return ScoresSpec(campaign=self.campaign, blocks=self.blocks, estimator=self.estimator)
 
     def summary(self) -> ScoresSummary:
         """What the blocks read so far come to."""
-        scores, (first, second) = estimate(self.total), self._halves
-        hard = scores.out_mean < 0.5
+        assert self._correct is not None, "no block was read"
+        scores, fit, (first, second) = estimate(self.total), estimate(self._correct), self._halves
+        hard = fit.out_mean < 0.5  # the gate is of accuracy, whatever the scores are made of
         return ScoresSummary(
             scores_key=key(self.spec),
             models=self.blocks * BLOCK_SIZE,
-            in_accuracy=float(self.total.in_hits.sum() / self.total.in_total.sum()),
-            hard_in_accuracy=float(scores.in_mean[hard].mean()) if hard.any() else None,
+            in_accuracy=float(self._correct.in_hits.sum() / self._correct.in_total.sum()),
+            hard_in_accuracy=float(fit.in_mean[hard].mean()) if hard.any() else None,
             test_accuracy=float(np.mean(self._test)),
             split_half=None if first is None or second is None else split_half_correlation(first, second),
             model_seconds=self._seconds,
             standard_error=float(scores.standard_error.mean()),
             top_overlap=None if first is None or second is None else top_overlap(first, second),
+            estimator=self.estimator,
         )
 
 
+def _label_probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The given label's probability, float64 [n], from logits [n, classes]."""
+    found: np.ndarray = np.exp(log_probabilities(logits)[np.arange(len(labels)), labels])
+    return found
+
+
 def _compute_scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
-    tally = Tally(store, spec.campaign, dataset)
+    tally = Tally(store, spec.campaign, dataset, spec.estimator)
     for _ in range(spec.blocks):
         tally.add()
     return put_scores(tally)

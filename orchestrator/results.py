@@ -88,6 +88,7 @@ TABLES: Mapping[str, pa.Schema] = {
         "campaigns": [
             ("scores_key", _S, False),
             ("data", _S, True),
+            ("estimator", _S, False),
             ("models", _I, False),
             ("in_accuracy", _F, False),
             ("hard_in_accuracy", _F, True),

@@ -141,12 +141,16 @@ def check_fraction(fraction: float) -> None:
         raise InputError(f"campaign.fraction is {fraction}; allowed: 0.1, 0.2, ... 0.9")
 
 
+Estimator = Literal["correctness", "probability"]
+"""What of a subset model a score is the difference of: right or wrong (0/1), or the given label's probability."""
+
+
 class ScoresSpec(Spec):
     """Memorization scores from the first `blocks` blocks of a campaign."""
 
     campaign: CampaignSpec
     blocks: int = Field(ge=1)
-    estimator: Literal["correctness"] = "correctness"
+    estimator: Estimator = "correctness"
 
 
 class OriginalSpec(Spec):

@@ -16,6 +16,7 @@ from orchestrator.registry import InputError, coerce, suggest
 from orchestrator.specs import (
     CampaignSpec,
     DataSource,
+    Estimator,
     ForgetSet,
     ForgetSpec,
     MaskSpec,
@@ -45,17 +46,20 @@ CAMPAIGN = "campaign"
 
 
 class Campaign(Spec):
-    """How many subset models, on which share of the training set."""
+    """How many subset models, on which share of the training set, and what of them scores are made of."""
 
     models: int = Field(default=200, ge=BLOCK_SIZE)
     fraction: float = 0.7
     seed: int = 0
+    estimator: Estimator = "correctness"
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.models % BLOCK_SIZE:
             raise InputError(f"campaign.models is {self.models}; allowed: a multiple of {BLOCK_SIZE}")
         check_fraction(self.fraction)
+        if self.estimator == "probability" and self.blocks == 1 and self.fraction in (0.1, 0.9):
+            raise InputError("scores of probabilities need two models on each side: set campaign.models to 20 or more")
         return self
 
     @property
@@ -189,7 +193,9 @@ class Study(Spec):
         return CampaignSpec(setting=self.setting(fingerprint), fraction=self.campaign.fraction, seed=self.campaign.seed)
 
     def scores_spec(self, fingerprint: str) -> ScoresSpec:
-        return ScoresSpec(campaign=self.campaign_spec(fingerprint), blocks=self.campaign.blocks)
+        return ScoresSpec(
+            campaign=self.campaign_spec(fingerprint), blocks=self.campaign.blocks, estimator=self.campaign.estimator
+        )
 
     def memorization_spec(self, fingerprint: str) -> ScoresSpec | StandInSpec:
         """What forget sets go by."""

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from orchestrator import export, results
+from orchestrator import plan as planning
 from orchestrator.data import DATASETS, Dataset, Examples, Outputs
-from orchestrator.experiment import Context, Outcome, Task, Workspace
+from orchestrator.experiment import Context, Outcome, Task, Workspace, memorization_scores
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import METRICS
 from orchestrator.plan import Plan
@@ -27,6 +28,7 @@ from orchestrator.specs import (
     Model,
     Proxy,
     RunSpec,
+    ScoresSpec,
     Setting,
     StandInSpec,
     Strategy,
@@ -318,3 +320,21 @@ def test_what_a_killed_campaign_left_is_gone_on_from(dataset: Dataset, tmp_path:
 def replace_present(dataset: Dataset, store: Store) -> Plan:
     present = frozenset(f"campaigns/{name}" for name in store.names("campaigns"))
     return Plan(RECIPES["digits"].function(), dataset.fingerprint, present)
+
+
+def test_both_kinds_of_scores_come_from_the_same_block(dataset: Dataset, tmp_path: Path) -> None:
+    _, _, store = block_from(dataset, tmp_path, range(10))
+    campaign, labels = campaign_of(dataset), dataset.split_labels("train")
+    arrays = results.unpack(store, Task("block", campaign, 3).object_name)
+    store.put(Task("block", campaign, 0).object_name, store.get(Task("block", campaign, 3).object_name))
+    logits, inside = torch.tensor(arrays["train"]).double(), arrays["membership"].astype(bool)
+    probability = logits.softmax(2)[:, torch.arange(200), torch.tensor(labels)].numpy()
+    correct = (arrays["train"].argmax(axis=2) == labels).astype(float)
+    for estimator, values in (("correctness", correct), ("probability", probability)):
+        spec = ScoresSpec(campaign=campaign, blocks=1, estimator=estimator)
+        summary = planning.scores(store, spec, dataset)
+        table = results.get_table(store, f"scores/{key(spec)}.parquet")
+        expected = [values[inside[:, i], i].mean() - values[~inside[:, i], i].mean() for i in range(200)]
+        assert table.column("score").to_numpy() == pytest.approx(expected)
+        assert (summary.estimator, summary.in_accuracy) == (estimator, pytest.approx(correct[inside].mean()))
+        assert np.array_equal(memorization_scores(store, spec), table.column("score").to_numpy())

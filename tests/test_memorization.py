@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest, spearmanr
+from scipy.stats import binom, binomtest, spearmanr, ttest_ind
 
 from orchestrator.memorization import (
     BLOCK_SIZE,
@@ -14,6 +14,7 @@ from orchestrator.memorization import (
     count,
     deal,
     estimate,
+    moments,
     split_half_correlation,
     wilson,
 )
@@ -312,3 +313,46 @@ def test_split_half_correlation_equals_scipy() -> None:
     assert split_half_correlation(*halves) == pytest.approx(expected)
     flat = Counts(np.full(30, 7), np.full(30, 7), np.full(30, 3), np.full(30, 3))
     assert split_half_correlation(halves[0], flat) is None
+
+
+# ---- scores of a probability ---------------------------------------------------------------------------------------
+
+
+def test_scores_of_probabilities_are_welchs() -> None:
+    rng = np.random.default_rng(0)
+    membership = np.concatenate([block_membership(np.zeros(12, int), 0.7, 0, block) for block in range(3)])
+    values = rng.beta(2, 1 + membership, size=membership.shape)
+    scores = estimate(moments(membership, values))
+    for index in range(12):
+        inside, outside = values[membership[:, index], index], values[~membership[:, index], index]
+        found = ttest_ind(inside, outside, equal_var=False)
+        interval = found.confidence_interval(0.95)
+        assert scores.score[index] == pytest.approx(inside.mean() - outside.mean())
+        assert (scores.low[index], scores.high[index]) == pytest.approx((interval.low, interval.high))
+        assert scores.standard_error[index] == pytest.approx(abs(scores.score[index] / found.statistic))
+    assert scores.num_in.tolist() == [21] * 12
+
+
+def test_moments_of_blocks_add_up_and_bear_no_spread() -> None:
+    rng = np.random.default_rng(1)
+    blocks = [(block_membership(np.zeros(9, int), 0.7, 0, b), rng.random((10, 9))) for b in range(2)]
+    added = moments(*blocks[0]) + moments(*blocks[1])
+    whole = moments(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
+    assert estimate(added).low == pytest.approx(estimate(whole).low)
+    flat = estimate(moments(blocks[0][0], np.full((10, 9), 0.25)))
+    assert (flat.score == 0).all()
+    assert (flat.low == flat.high).all()
+    with pytest.raises(ValueError, match="at least two subsets"):
+        estimate(moments(block_membership(np.zeros(20, int), 0.9, 0, 0), rng.random((10, 20))))
+
+
+def test_intervals_of_probabilities_cover() -> None:
+    """Skewed outcomes, as confidences are: 200 models of which 60 leave an example out, 4,000 examples."""
+    rng = np.random.default_rng(2)
+    membership = np.zeros((200, 4000), dtype=bool)
+    membership[:140] = True
+    for shape in ((8, 1), (1, 1), (1, 4)):
+        values = np.where(membership, rng.beta(30, 1, membership.shape), rng.beta(*shape, membership.shape))
+        scores = estimate(moments(membership, values))
+        truth = 30 / 31 - shape[0] / sum(shape)
+        assert ((scores.low <= truth) & (truth <= scores.high)).mean() >= 0.93

@@ -23,7 +23,14 @@ def made(folder: Path, split_half: float | None = 0.6) -> Path:
             | {"num_in": 7, "num_out": 3}
         )
     content.lines["campaigns"].append(
-        {"scores_key": "s", "data": "d", "models": 10, "in_accuracy": 1.0, "test_accuracy": 0.9}
+        {
+            "scores_key": "s",
+            "data": "d",
+            "estimator": "correctness",
+            "models": 10,
+            "in_accuracy": 1.0,
+            "test_accuracy": 0.9,
+        }
         | {"split_half": split_half, "model_seconds": 50.0}
     )
     kinds = {"good": scores**2, "noisy": scores + rng.normal(0, 0.5, 200), "flat": np.ones(200)}
