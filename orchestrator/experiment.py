@@ -180,8 +180,8 @@ class Workspace:
 
     def _model(self, task: Task) -> int:
         assert isinstance(task.spec, CampaignSpec)
-        trained = 0
-        if not self.store.exists(task.object_name):
+        whole, trained = Task("block", task.spec, task.block).object_name, 0
+        if not self.store.exists(whole) and not self.store.exists(task.object_name):
             spec, setting = task.spec, task.spec.setting
             with self._timed():
                 arrays = pipeline.train_subset_model(
@@ -195,7 +195,10 @@ class Workspace:
             metadata = {"host": socket.gethostname(), "numerics": self.lab.numerics}
             self.store.put(task.object_name, results.pack(arrays, metadata))
             trained = 1
-        self._put_together(task.spec, task.block)
+        if self.store.exists(whole):  # another driver on this store was faster
+            self.store.delete(task.object_name)
+        else:
+            self._put_together(task.spec, task.block)
         return trained
 
     def _membership(self, spec: CampaignSpec, block: int) -> np.ndarray:

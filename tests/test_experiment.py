@@ -338,3 +338,16 @@ def test_both_kinds_of_scores_come_from_the_same_block(dataset: Dataset, tmp_pat
         assert table.column("score").to_numpy() == pytest.approx(expected)
         assert (summary.estimator, summary.in_accuracy) == (estimator, pytest.approx(correct[inside].mean()))
         assert np.array_equal(memorization_scores(store, spec), table.column("score").to_numpy())
+
+
+def test_models_of_a_block_that_another_driver_put_together_are_neither_trained_nor_kept(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    _, _, store = block_from(dataset, tmp_path, range(10))
+    campaign = campaign_of(dataset)
+    workspace = Workspace(dataset, Context(store))
+    assert workspace.perform(Task("model", campaign, 3, 4)).models == 0
+    late = Task("model", campaign, 3, 5)
+    store.put(late.object_name, b"trained at the same time")
+    assert workspace.perform(late).error is None
+    assert [name for name in store.names("campaigns") if "/parts/" in name] == []
