@@ -80,7 +80,8 @@ def memorize(
         int | None, typer.Option(min=10, help="Subset models, a multiple of ten; with a target: at most.")
     ] = None,
     target_se: Annotated[
-        float | None, typer.Option(min=0, help="Grow until the mean standard error of the scores is at most this.")
+        float | None,
+        typer.Option(min=0, help="Grow until the scores' mean standard error is at most this."),
     ] = None,
     target_split_half: Annotated[
         float | None, typer.Option(min=0, max=1, help="Grow until the halves' rank correlation is at least this.")

@@ -14,6 +14,7 @@ from orchestrator.experiment import Task, Workspace
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.plan import ScoresSummary, Tally
 from orchestrator.pool import Cluster, Pool
+from orchestrator.registry import InputError
 
 MOST_MODELS = 100_000  # of a campaign with a target and no --models
 _GROWTH = 0.2  # of a round: short enough to stop in time, long enough that its end costs little
@@ -30,6 +31,9 @@ class Goal:
 
     @property
     def grows(self) -> bool:
+        """Whether a target is set; raises InputError for one that nothing meets."""
+        if self.standard_error is not None and self.standard_error <= 0:
+            raise InputError(f"--target-se is {self.standard_error:g}; allowed: above 0")
         return any(target is not None for target in (self.standard_error, self.split_half, self.hours))
 
     def met(self, summary: ScoresSummary) -> str | None:

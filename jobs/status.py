@@ -27,6 +27,7 @@ def run(options: Options) -> None:
     present = results.row_keys(store)
     attempts = results.get_attempts(store)
     failed = {name: tries[-1] for name, tries in attempts.items() if name not in present}
+    failed = {name: last for name, last in failed.items() if not _is_done(store, last)}
     console.print(_sweeps(store, present, set(failed)))
     models = Counter[str]()
     for name in store.names("campaigns"):
@@ -40,6 +41,12 @@ def run(options: Options) -> None:
         kind = attempt.provenance.get("kind", "run")
         tries = f"{len(attempts[name])} {'try' if len(attempts[name]) == 1 else 'tries'}"
         console.print(f"[red]failed[/red] {escape(f'{kind} {name[:8]} ({tries}): {attempt.error}')}", highlight=False)
+
+
+def _is_done(store: Store, attempt: results.Attempt) -> bool:
+    """Whether what an attempt failed to make is there by now."""
+    wanted = attempt.provenance.get("object")
+    return wanted is not None and store.exists(wanted)
 
 
 def _sweeps(store: Store, present: set[str], failed: set[str]) -> Table:

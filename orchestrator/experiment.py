@@ -210,9 +210,10 @@ class Workspace:
     def _put_together(self, spec: CampaignSpec, block: int) -> None:
         """Store a block whose ten models are there, and remove them; two workers may both try, to the same end."""
         folder = parts_of(key(spec), block)
-        if len(self.store.names(folder)) < BLOCK_SIZE:
+        members = [f"{member}.safetensors" for member in range(BLOCK_SIZE)]
+        if not set(members) <= set(self.store.names(folder)):
             return
-        names = [f"{folder}/{member}.safetensors" for member in range(BLOCK_SIZE)]
+        names = [f"{folder}/{member}" for member in members]
         whole = Task("block", spec, block).object_name
         try:
             parts = [results.unpack(self.store, name) for name in names]
@@ -390,7 +391,9 @@ def make_row(name: str, spec: RunSpec, finished: Finished, provenance: Mapping[s
 
 def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
     """Keep a try at a task that came to nothing, as an attempt."""
-    provenance = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
+    wanted = Task("block", task.spec, task.block) if task.kind == "model" else task
+    facts = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
+    provenance = {**facts, "object": wanted.object_name}
     spec = task.spec.model_dump(mode="json")
     results.put_attempt(store, results.Attempt(key(task.spec), spec, "failed", error, provenance))
 

@@ -179,8 +179,9 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     for name in finished:
         results.get_row(store, name)
     results.check_outputs(store, finished)
-    tasks = [*plan.blocks(), *plan.models(plan.missing(plan.blocks())), *plan.originals(), *plan.localizations()]
-    needed = [task.object_name for task in tasks]
+    needed = [task.object_name for task in (*plan.blocks(), *plan.originals(), *plan.localizations())]
+    for block in plan.missing(plan.blocks()):
+        needed += [Task("model", block.spec, block.block, member).object_name for member in range(BLOCK_SIZE)]
     results.check_arrays(store, [name for name in needed if name in present])
     return plan
 

@@ -119,6 +119,7 @@ BAD = {
     "plugin": ["sweep", "digits", "--plugin", "/nowhere.py"],
     "storage": ["memorize", "digits", "--storage", "/dev/null/store"],
     "too deep": ["sweep", "digits", "--set", "methods=eu_k", "--set", "k=2,99"],
+    "no such target": ["memorize", "digits", "--target-se", "0"],
     "no storage": ["memorize", "digits", "--storage", ""],
     "nothing to read": ["export", "--storage", ""],
     "nobody listens": ["memorize", "digits", "--address", "127.0.0.1:9"],

@@ -14,11 +14,12 @@ from torch import nn
 from orchestrator import export, results
 from orchestrator import plan as planning
 from orchestrator.data import DATASETS, Dataset, Examples, Outputs
-from orchestrator.experiment import Context, Outcome, Task, Workspace, memorization_scores
+from orchestrator.experiment import Context, Outcome, Task, Workspace, memorization_scores, parts_of
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import METRICS
 from orchestrator.plan import Plan
 from orchestrator.recipes import RECIPES
+from orchestrator.registry import InputError
 from orchestrator.specs import (
     CampaignSpec,
     ForgetSet,
@@ -351,3 +352,21 @@ def test_models_of_a_block_that_another_driver_put_together_are_neither_trained_
     store.put(late.object_name, b"trained at the same time")
     assert workspace.perform(late).error is None
     assert [name for name in store.names("campaigns") if "/parts/" in name] == []
+
+
+def test_other_files_beside_the_models_of_a_block_are_not_counted_and_cut_models_are_named(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    store, campaign = Store(str(tmp_path)), campaign_of(dataset)
+    workspace = Workspace(dataset, Context(store))
+    store.put(f"{parts_of(key(campaign), 0)}/.DS_Store", b"")
+    for member in range(9):
+        assert workspace.perform(Task("model", campaign, 0, member)).error is None
+    part = Task("model", campaign, 0, 4).object_name
+    store.put(part, store.get(part)[:999])
+    study = RECIPES["digits"].function()
+    setting = campaign.setting
+    rules = (ForgetSet(name="most_memorized"),)
+    study = study.model_copy(update={"model": setting.model, "training": setting.training, "forget_sets": rules})
+    with pytest.raises(InputError, match=r"4\.safetensors is damaged"):
+        planning.make(study, dataset, store)
