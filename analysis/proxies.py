@@ -28,17 +28,17 @@ HEADINGS = ("proxy", "rank correlation", "95 % interval", "ceiling", "seconds", 
 
 
 def proxy_table(tables: Tables) -> pl.DataFrame:
-    """One line per campaign and proxy of the same data, columns as in COLUMNS; the best correlation first.
+    """One line per campaign and proxy of the same setting (data, model, training), columns as in COLUMNS; best first.
 
     correlation: Spearman's, with a 95 % bootstrap interval over examples (null where one side is constant). ceiling:
     what unreliable scores allow at most (null without halves). seconds: the training run and what the proxy needs
     beside it; cost: over the seconds of all subset models.
     """
     lines = []
-    for campaign in tables.campaigns.drop_nulls("data").iter_rows(named=True):
+    for campaign in tables.campaigns.drop_nulls("setting").iter_rows(named=True):
         of_campaign = pl.col("scores_key") == campaign["scores_key"]
         scores = tables.memorization.filter(of_campaign).sort("index")["score"].to_numpy()
-        found = tables.proxies.filter(pl.col("data") == campaign["data"])
+        found = tables.proxies.filter(pl.col("setting") == campaign["setting"])
         for (name, proxy), group in found.group_by("proxies_key", "proxy", maintain_order=True):
             values = group.sort("index")["value"].to_numpy()
             seconds = float(group["seconds"][0] + group["training_seconds"][0])

@@ -40,7 +40,7 @@ def _show(session: Session, tasks: list[Task]) -> None:
     frame = frame.filter(frame["proxies_key"].is_in(names))
     if not len(frame):
         console.print(
-            f"the store has no memorization scores of these data to compare with; `unlearn memorize "
+            f"the store has no memorization scores of this setting to compare with; `unlearn memorize "
             f"{session.study.recipe}` with the same options makes them",
             highlight=False,
         )

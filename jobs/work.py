@@ -180,7 +180,7 @@ def ensure_scores(session: Session) -> ScoresSummary | None:
 
 
 def ensure_campaign_scores(session: Session) -> None:
-    """Scores of the study's campaign where its blocks are there, also where stored ones do not say which data."""
+    """Scores of the study's campaign where its blocks are there, also where stored ones do not say what they are of."""
     plan = session.plan.against(session.store)
     if not plan.missing(plan.blocks()):
         planning.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)

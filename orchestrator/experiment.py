@@ -247,7 +247,7 @@ class Workspace:
                 original.setting.training.build(),
                 original.seed,
             )
-        facts = {"data": original.setting.data, "seconds": json.dumps(seconds), "numerics": self.lab.numerics}
+        facts = {"setting": key(original.setting), "seconds": json.dumps(seconds), "numerics": self.lab.numerics}
         results.put_table(self.store, task.object_name, pa.table(values), facts)
         return 1
 

@@ -210,9 +210,9 @@ def campaign_lines(store: Store) -> Iterator[dict[str, Any]]:
             continue
         facts = results.get_table(store, f"scores/{name}").schema.metadata or {}
         summary = json.loads(facts[b"summary"])
-        data = facts.get(b"data")
-        line = {column: summary.get(column) for column in TABLES["campaigns"].names if column != "data"}
-        plain = {"data": data.decode() if data else None, "estimator": summary.get("estimator", "correctness")}
+        setting = facts.get(b"setting")
+        line = {column: summary.get(column) for column in TABLES["campaigns"].names if column != "setting"}
+        plain = {"setting": setting.decode() if setting else None, "estimator": summary.get("estimator", "correctness")}
         yield line | plain
 
 
@@ -227,7 +227,7 @@ def _proxies_table(store: Store) -> pa.Table:
             count = len(table)
             columns = {
                 "proxies_key": [name.removesuffix(".parquet")] * count,
-                "data": [facts[b"data"].decode()] * count,
+                "setting": [facts[b"setting"].decode()] * count,
                 "proxy": [proxy] * count,
                 "index": list(range(count)),
                 "value": table[proxy].to_pylist(),

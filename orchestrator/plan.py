@@ -174,7 +174,7 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
         and "validation" in PROXIES[study.scores].inputs
         and not len(dataset.splits["validation"])
     ):
-        raise InputError(f"scores={study.scores} needs a validation split; set data.num_validation above 0")
+        raise InputError(f"scores={study.scores} needs a validation split; give the data one (data.num_validation)")
     finished = [key(task.spec) for task in (*plan.references(), *plan.runs()) if task.object_name in present]
     for name in finished:
         results.get_row(store, name)
@@ -284,7 +284,7 @@ def scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
     if not store.exists(name):
         return _compute_scores(store, spec, dataset)
     metadata = results.get_table(store, name).schema.metadata or {}
-    if b"data" not in metadata:  # from before scores said which data they are of
+    if b"setting" not in metadata:  # from before scores said what they are of
         return _compute_scores(store, spec, dataset)
     return ScoresSummary(**json.loads(metadata[b"summary"]))
 
@@ -385,7 +385,7 @@ def put_scores(tally: Tally) -> ScoresSummary:
     most = np.argsort(-scores.score, kind="stable")[:NUM_PICTURES]
     name = summary.scores_key
     results.put_table(store, f"scores/{name}.examples.parquet", _pictures(dataset, most))
-    facts = {"summary": json.dumps(asdict(summary)), "data": tally.campaign.setting.data}
+    facts = {"summary": json.dumps(asdict(summary)), "setting": key(tally.campaign.setting)}
     results.put_table(store, f"scores/{name}.parquet", table, facts)
     return summary
 

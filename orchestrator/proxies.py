@@ -166,7 +166,7 @@ def holdout_retraining(
     without a validation split.
     """
     if not len(validation):
-        raise InputError("proxy holdout_retraining needs a validation split; set data.num_validation above 0")
+        raise InputError("proxy holdout_retraining needs a validation split; give the data one (data.num_validation)")
     training = Training(lr, epochs, batch_size, momentum, weight_decay, final=1.0)
     copy = fit(clone(model), validation, training=training, generator=generator)
     p, q = (np.maximum(np.exp(log_probabilities(predict(net, train))), _TINY) for net in (model, copy))

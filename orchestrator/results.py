@@ -87,7 +87,7 @@ TABLES: Mapping[str, pa.Schema] = {
         ],
         "campaigns": [
             ("scores_key", _S, False),
-            ("data", _S, True),
+            ("setting", _S, True),
             ("estimator", _S, False),
             ("models", _I, False),
             ("in_accuracy", _F, False),
@@ -100,7 +100,7 @@ TABLES: Mapping[str, pa.Schema] = {
         ],
         "proxies": [
             ("proxies_key", _S, False),
-            ("data", _S, False),
+            ("setting", _S, False),
             ("proxy", _S, False),
             ("index", _I, False),
             ("value", _F, False),

@@ -25,7 +25,7 @@ def made(folder: Path, split_half: float | None = 0.6) -> Path:
     content.lines["campaigns"].append(
         {
             "scores_key": "s",
-            "data": "d",
+            "setting": "d",
             "estimator": "correctness",
             "models": 10,
             "in_accuracy": 1.0,
@@ -37,10 +37,10 @@ def made(folder: Path, split_half: float | None = 0.6) -> Path:
     for name, values in kinds.items():
         for index, value in enumerate(values):
             content.lines["proxies"].append(
-                {"proxies_key": "p", "data": "d", "proxy": name, "index": index, "value": float(value)}
+                {"proxies_key": "p", "setting": "d", "proxy": name, "index": index, "value": float(value)}
                 | {"seconds": 1.0, "training_seconds": 4.0}
             )
-    content.lines["proxies"].append(content.lines["proxies"][0] | {"data": "other", "proxies_key": "q"})
+    content.lines["proxies"].append(content.lines["proxies"][0] | {"setting": "other", "proxies_key": "q"})
     return content.write(folder)
 
 
