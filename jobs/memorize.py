@@ -38,10 +38,11 @@ class Goal:
 
     def met(self, summary: ScoresSummary) -> str | None:
         """Which target the scores meet, in words."""
-        if self.standard_error is not None and (summary.standard_error or math.inf) <= self.standard_error:
-            return f"mean standard error {summary.standard_error:.4f} is at most {self.standard_error:g}"
-        if self.split_half is not None and (summary.split_half or -1) >= self.split_half:
-            return f"split-half rank correlation {summary.split_half:.3f} is at least {self.split_half:g}"
+        error, halves = summary.standard_error, summary.split_half
+        if self.standard_error is not None and error is not None and error <= self.standard_error:
+            return f"mean standard error {error:.4f} is at most {self.standard_error:g}"
+        if self.split_half is not None and halves is not None and halves >= self.split_half:
+            return f"split-half rank correlation {halves:.3f} is at least {self.split_half:g}"
         return None
 
 

@@ -32,7 +32,7 @@ def run(options: Options) -> None:
 
 
 def _show(session: Session, tasks: list[Task]) -> None:
-    work.ensure_campaign_scores(session)
+    work.campaign_scores(session)
     export.export(session.store)
     with exports(session.store) as folder:
         frame = analysis.proxy_table(load.load(folder))

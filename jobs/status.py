@@ -29,10 +29,11 @@ def run(options: Options) -> None:
     failed = {name: tries[-1] for name, tries in attempts.items() if name not in present}
     failed = {name: last for name, last in failed.items() if not _is_done(store, last)}
     console.print(_sweeps(store, present, set(failed)))
-    models = Counter[str]()
-    for name in store.names("campaigns"):
-        campaign, folder, _ = name.split("/", 2)
-        models[campaign] += BLOCK_SIZE if folder == "blocks" else 1
+    models, stored = Counter[str](), store.names("campaigns")
+    for name in stored:
+        campaign, folder, rest = name.split("/", 2)
+        whole = f"{campaign}/blocks/{rest.partition('/')[0]}.safetensors"  # of a model by itself
+        models[campaign] += BLOCK_SIZE if folder == "blocks" else whole not in stored
     for campaign, count in models.items():
         console.print(f"campaign {campaign[:8]}: {count} subset models", highlight=False)
     seconds = sum(results.get_row(store, name).provenance["seconds"] for name in present)

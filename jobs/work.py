@@ -173,17 +173,15 @@ def ensure_scores(session: Session) -> ScoresSummary | None:
 
     None where no forget set needs any, or where a block is missing.
     """
+    return campaign_scores(session) if session.plan.needs_scores else None
+
+
+def campaign_scores(session: Session) -> ScoresSummary | None:
+    """The scores of the study's campaign, computed if they are not in the store; None where a block is missing."""
     plan = session.plan.against(session.store)
-    if not plan.needs_scores or plan.missing(plan.blocks()):
+    if plan.missing(plan.blocks()):
         return None
     return planning.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)
-
-
-def ensure_campaign_scores(session: Session) -> None:
-    """Scores of the study's campaign where its blocks are there, also where stored ones do not say what they are of."""
-    plan = session.plan.against(session.store)
-    if not plan.missing(plan.blocks()):
-        planning.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)
 
 
 def print_scores(summary: ScoresSummary) -> None:

@@ -217,12 +217,12 @@ class Workspace:
         whole = Task("block", spec, block).object_name
         try:
             parts = [results.unpack(self.store, name) for name in names]
+            metadata = results.metadata_of(self.store, names[0])
         except FileNotFoundError:
             if self.store.exists(whole):
                 return
             raise
         arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-        metadata = results.metadata_of(self.store, names[0]) if not self.store.exists(whole) else {}
         if not self.store.exists(whole):
             self.store.put(whole, results.pack({"membership": self._membership(spec, block), **arrays}, metadata))
         for name in names:
