@@ -334,7 +334,7 @@ def steady(device: str = "cpu") -> Iterator[None]:
         torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.set_grad_enabled(True):
+        with torch.inference_mode(False):  # which turns gradients on, too
             yield
     finally:
         torch.set_num_threads(before[0])

@@ -154,11 +154,13 @@ def test_what_a_method_sets_in_torch_ends_with_it(
         return model
 
     rude, polite = run_of(dataset, registered(method_setting)), run_of(dataset, "finetune")
-    outcomes, store = performed(dataset, tmp_path / "both", rude, polite)
+    last = rude.model_copy(update={"seed": 1})
+    outcomes, store = performed(dataset, tmp_path / "both", rude, polite, last)
+    left = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     _, alone = performed(dataset, tmp_path / "alone", polite)
-    assert [outcome.error for outcome in outcomes] == [None, None]
+    assert [outcome.error for outcome in outcomes] == [None] * 3
     assert metrics_of(store, polite) == metrics_of(alone, polite)
-    assert (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()) == (True, torch.float32, 1)
+    assert left == (True, torch.float32, 1)
 
 
 def test_a_strategy_that_changes_its_model_in_place_changes_no_run(
@@ -180,6 +182,22 @@ def test_a_strategy_that_changes_its_model_in_place_changes_no_run(
     assert [outcome.error for outcome in outcomes] == [None] * 4
     first, second = (results.get_row(store, key(run)) for run in (rude, polite))
     assert first.metrics == second.metrics, "the same scores, so the same mask and run"
+
+
+def test_what_a_plugin_set_in_torch_when_it_was_loaded_changes_no_run(dataset: Dataset, tmp_path: Path) -> None:
+    polite = run_of(dataset, "finetune")
+    _, alone = performed(dataset, tmp_path / "alone", polite)
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(2)
+    try:
+        outcomes, store = performed(dataset, tmp_path / "after", polite)
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)
+    assert outcomes[0].error is None
+    assert metrics_of(store, polite) == metrics_of(alone, polite)
 
 
 @pytest.mark.parametrize(
