@@ -20,12 +20,13 @@ from orchestrator import export, results
 from orchestrator.data import SplitOutputs
 from orchestrator.experiment import forget_indices, make_row, memorization_scores, scores_object
 from orchestrator.offline import FORMAT, labels_digest, load_plugins
+from orchestrator.overrides import checked
 from orchestrator.pipeline import Finished, Layer
 from orchestrator.plan import Plan
 from orchestrator.registry import InputError
 from orchestrator.specs import RunSpec, key
 from orchestrator.store import Store
-from orchestrator.study import Study, checked
+from orchestrator.study import Study
 
 
 def run(options: Options, out: Path) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from orchestrator import plan as planning
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context
+from orchestrator.overrides import checked, override
 from orchestrator.plan import Plan
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError, Plugin, load_plugin, read_plugin
 from orchestrator.store import Store
-from orchestrator.study import Study, checked, override
+from orchestrator.study import Study
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a Ray job
 

@@ -1,12 +1,12 @@
-"""A study: the settings and axes that a recipe returns, and the `--set` overrides that they check."""
+"""A study: the settings and axes that a recipe returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from orchestrator.localization import TopH, has_own_budget
 from orchestrator.memorization import BLOCK_SIZE
@@ -22,7 +22,6 @@ from orchestrator.specs import (
     MaskSpec,
     Method,
     Model,
-    Named,
     OriginalSpec,
     Proxy,
     RunSpec,
@@ -37,10 +36,6 @@ from orchestrator.specs import (
     key,
 )
 from orchestrator.unlearning import METHODS
-
-T = TypeVar("T")
-N = TypeVar("N", bound=Named)
-
 
 CAMPAIGN = "campaign"
 
@@ -270,191 +265,3 @@ class Study(Spec):
             for mask in arm.masks(self.model)
             for seed in self.seeds
         ]
-
-
-# ---- overrides -----------------------------------------------------------------------------------------------------
-
-
-class _ValueError(InputError):
-    """A value that its field does not allow; `allowed` says what would be."""
-
-    def __init__(self, place: str, value: object, allowed: str) -> None:
-        self.allowed = allowed
-        super().__init__(f"{place} is {value!r}; allowed: {allowed}")
-
-
-def checked(build: Callable[[], T]) -> T:
-    """Build a spec; what pydantic or a registry finds wrong becomes one InputError sentence."""
-    try:
-        return build()
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        cause = (first.get("ctx") or {}).get("error")
-        if isinstance(cause, InputError):
-            raise InputError(str(cause)) from None
-        allowed = first["msg"].removeprefix("Input should be ").partition(", unable")[0]
-        raise _ValueError(place, first["input"], allowed[0].lower() + allowed[1:]) from None
-
-
-def override(study: Study, assignments: Iterable[str]) -> Study:
-    """Apply `field=value` texts in turn; see `assign` for what a field may be.
-
-    A function named anew that has options without a default takes them from the texts that follow.
-    """
-    texts, changed = list(assignments), study
-    for place, text in enumerate(texts):
-        changed = assign(changed, text, dict(_split(later) for later in texts[place + 1 :]))
-    for arm in changed.methods.values():
-        arm.check_whole()  # not before: a strategy may be set before its budget
-    return changed
-
-
-def _split(assignment: str) -> tuple[str, str]:
-    path, _, text = assignment.partition("=")
-    return path, text
-
-
-def assign(study: Study, assignment: str, later: Mapping[str, str] | None = None) -> Study:
-    """Apply one `field=value`; `later` holds the values that follow by field.
-
-    Fields of the study and of its parts (`references`, `seeds`, `training.epochs`, `campaign.models`), options of its
-    functions (`data.train`, `model.width`, `forget_sets.random.fraction`), which `methods` and `forget_sets` take part,
-    one arm's axes (`methods.del.lr=0.03,0.1`, `.budget`, `.strategy`, `.granularity`), or an axis of all arms that
-    have it (`lr=0.1`, `budget=0.1,0.3`). Raises InputError with what, got and allowed.
-    """
-    path, equals, text = assignment.partition("=")
-    if not equals or not path:
-        raise InputError(f"--set takes field=value; got {assignment!r}")
-    try:
-        return _assigned(study, path, text, later or {})
-    except _ValueError as error:
-        raise InputError(f"{path} is {text!r}; allowed: {error.allowed}") from None
-
-
-def _assigned(study: Study, path: str, text: str, later: Mapping[str, str]) -> Study:
-    field, *rest = path.split(".")
-    changes: Any
-    if field in ("data", "model"):
-        changes = _named(getattr(study, field), rest, text, path, later)
-    elif field in ("training", "campaign"):
-        changes = _part(getattr(study, field), rest, text, path)
-    elif field == "forget_sets":
-        changes = _forget_sets(study.forget_sets, rest, text, path, later)
-    elif field == "methods":
-        changes = _arms(study.methods, rest, text, path)
-    elif field == "seeds" and not rest:
-        changes = text.split(",")
-    elif field in ("references", "forget_draw", "original_seed", "protocol", "scores") and not rest:
-        changes = text
-    elif not rest and _arms_with(study, field):
-        arms = _arms_with(study, field)
-        field, changes = (
-            "methods",
-            {name: _arm(arm, path, text, path) if name in arms else arm for name, arm in study.methods.items()},
-        )
-    else:
-        raise InputError(f"unknown field {path!r}; {suggest(path, _fields(study))}")
-    changed: Study = _rebuild(study, field, changes)
-    return changed
-
-
-def _rebuild(spec: Any, field: str, value: Any) -> Any:
-    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
-    return checked(lambda: type(spec)(**fields | {field: value}))
-
-
-def _fields(study: Study) -> list[str]:
-    """The fields that `--set` knows, for error messages."""
-    named = [f"{part}.{option}" for part in ("data", "model") for option in getattr(study, part).entry.options]
-    parts = [f"{p}.{field}" for p in ("training", "campaign") for field in type(getattr(study, p)).model_fields]
-    axes = {option for arm in study.methods.values() for option in METHODS[arm.method].options}
-    plain = [
-        "data",
-        "model",
-        "references",
-        "seeds",
-        "protocol",
-        "scores",
-        "forget_draw",
-        "original_seed",
-        "forget_sets",
-        "methods",
-    ]
-    return [*plain, "budget", *named, *parts, *sorted(axes)]
-
-
-def _new(kind: type[N], name: str, prefix: str, later: Mapping[str, str]) -> N:
-    """A function by name, its options without a default taken from the values that follow."""
-    needed = [option.name for option in kind.registry[name].options.values() if option.is_required]
-    given = {option: later[f"{prefix}.{option}"] for option in needed if f"{prefix}.{option}" in later}
-    return checked(lambda: kind(name=name, options=given))
-
-
-def _named(named: N, rest: list[str], text: str, path: str, later: Mapping[str, str] | None = None) -> N:
-    kind = type(named)
-    if not rest:
-        return _new(kind, text, path, later or {})
-    if len(rest) > 1:
-        raise InputError(f"unknown field {path!r}; {suggest(rest[0], named.entry.options)}")
-    return checked(lambda: kind(name=named.name, options={**named.options, rest[0]: text}))
-
-
-def _part(part: Any, rest: list[str], text: str, path: str) -> Any:
-    if len(rest) != 1 or rest[0] not in type(part).model_fields:
-        raise InputError(f"unknown field {path!r}; {suggest('.'.join(rest), type(part).model_fields)}")
-    return _rebuild(part, rest[0], text)
-
-
-def _forget_sets(
-    rules: tuple[ForgetSet, ...], rest: list[str], text: str, path: str, later: Mapping[str, str]
-) -> tuple[ForgetSet, ...]:
-    by_name = {rule.name: rule for rule in rules}
-    if not rest:
-        return tuple(by_name.get(name) or _new(ForgetSet, name, f"{path}.{name}", later) for name in text.split(","))
-    if rest[0] not in by_name:
-        raise InputError(f"unknown field {path!r}; {suggest(rest[0], by_name)}")
-    return tuple(_named(rule, rest[1:], text, path) if rule.name == rest[0] else rule for rule in rules)
-
-
-def _arms(arms: Mapping[str, Arm], rest: list[str], text: str, path: str) -> dict[str, Arm]:
-    if not rest:
-        chosen = {}
-        for name in filter(None, text.split(",")):
-            if name not in arms and name not in METHODS:
-                raise InputError(f"unknown method {name!r}; {suggest(name, {*arms, *METHODS})}")
-            chosen[name] = arms[name] if name in arms else checked(lambda n=name: Arm(method=n))  # type: ignore[misc]
-        if not chosen:
-            raise InputError(f"methods is {text!r}; {suggest(text, {*arms, *METHODS})}")
-        return chosen
-    if rest[0] not in arms:
-        raise InputError(f"unknown field {path!r}; {suggest(rest[0], arms)}")
-    return {name: _arm(arm, ".".join(rest[1:]), text, path) if name == rest[0] else arm for name, arm in arms.items()}
-
-
-def _arm(arm: Arm, field: str, text: str, path: str) -> Arm:
-    options = METHODS[arm.method].options
-    part, _, option = field.partition(".")
-    if field == "budget":
-        budgets = [None if share == "own" else share for share in text.split(",")]
-        changed: Arm = _rebuild(arm, "budget", budgets)
-    elif field in ("granularity", "h", "train_head", "freeze_statistics"):
-        changed = _rebuild(arm, field, text)
-    elif field in ("strategy", "base"):
-        changed = _rebuild(arm, field, None if text == "none" else checked(lambda: Strategy(name=text)))
-    elif part in ("strategy", "base") and getattr(arm, part) is not None:
-        changed = _rebuild(arm, part, _named(getattr(arm, part), [option], text, path))
-    elif field in options:
-        changed = _rebuild(arm, "options", {**arm.options, field: tuple(text.split(","))})
-    else:
-        raise InputError(f"unknown field {path!r}; {suggest(field, [*options, *set(Arm.model_fields) - _FIXED])}")
-    return changed
-
-
-_FIXED = {"method", "options"}  # fields of an arm that --set does not name
-
-
-def _arms_with(study: Study, axis: str) -> set[str]:
-    if axis == "budget":
-        return {name for name, arm in study.methods.items() if arm.strategy is not None}
-    return {name for name, arm in study.methods.items() if axis in METHODS[arm.method].options}

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.overrides import override
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
 from orchestrator.specs import ForgetSet, ForgetSpec, Model, StandInSpec, Strategy, key
-from orchestrator.study import Arm, Campaign, Study, override
+from orchestrator.study import Arm, Campaign, Study
 from tests import golden
 
 DATA = "0" * 64
