@@ -19,12 +19,12 @@ from jobs.session import Options, Session, existing_store, open_session, open_st
 from orchestrator import export, results
 from orchestrator.data import SplitOutputs
 from orchestrator.experiment import forget_indices, make_row, memorization_scores, scores_object
-from orchestrator.offline import FORMAT, labels_digest, load_plugins
+from orchestrator.offline import FORMAT, ORDER_FORMAT, labels_digest, load_plugins
 from orchestrator.overrides import checked
 from orchestrator.pipeline import Finished, Layer
 from orchestrator.plan import Plan
 from orchestrator.registry import InputError
-from orchestrator.specs import RunSpec, key
+from orchestrator.specs import RunSpec, ScoresSpec, StandInSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
 
@@ -54,12 +54,17 @@ def _order(session: Session) -> dict[str, Any]:
     named += session.study.runs(fingerprint)
     chosen = {key(spec): (arm, spec) for arm, spec in named if key(spec) in missing}
     forget_sets: dict[str, list[int]] = {}
+    memorization: dict[str, list[float]] = {}
     for _, spec in chosen.values():
         if key(spec.forget) not in forget_sets:
             forget_sets[key(spec.forget)] = _indices(session, spec)
+        name = _values_key(spec)
+        if spec.memorization is not None and name not in memorization:
+            values = _scores(session, spec.memorization, f"method {spec.method.name}")
+            memorization[str(name)] = values[forget_sets[key(spec.forget)]].tolist()
     study = session.study
     return {
-        "format": FORMAT,
+        "format": ORDER_FORMAT,
         "recipe": study.recipe,
         "study": study.model_dump(mode="json"),
         "data": {"name": study.data.name, "options": dict(study.data.options)},
@@ -68,6 +73,7 @@ def _order(session: Session) -> dict[str, Any]:
         "git_commit": session.context.git_commit,
         "labels": labels_digest(session.dataset),
         "forget_sets": forget_sets,
+        "memorization": memorization,
         "runs": [_packed(name, arm, spec) for name, (arm, spec) in chosen.items()],
     }
 
@@ -75,15 +81,23 @@ def _order(session: Session) -> dict[str, Any]:
 def _indices(session: Session, spec: RunSpec) -> list[int]:
     scores = None
     if spec.forget.scores is not None:
-        if not session.store.exists(scores_object(spec.forget.scores)):
-            command = "memorize" if session.plan.needs_scores else "references"
-            raise InputError(
-                f"forget set {spec.forget.rule.name} needs memorization scores that the store has not; "
-                f"run `unlearn {command} {session.study.recipe}` with the same options first"
-            )
-        scores = memorization_scores(session.store, spec.forget.scores)
+        scores = _scores(session, spec.forget.scores, f"forget set {spec.forget.rule.name}")
     indices: list[int] = forget_indices(session.dataset, spec.forget, scores, session.store).tolist()
     return indices
+
+
+def _scores(session: Session, spec: ScoresSpec | StandInSpec, who: str) -> np.ndarray:
+    if not session.store.exists(scores_object(spec)):
+        command = "memorize" if isinstance(spec, ScoresSpec) else "references"
+        raise InputError(
+            f"{who} needs memorization scores that the store has not; "
+            f"run `unlearn {command} {session.study.recipe}` with the same options first"
+        )
+    return memorization_scores(session.store, spec)
+
+
+def _values_key(spec: RunSpec) -> str | None:
+    return None if spec.memorization is None else f"{key(spec.forget)} {key(spec.memorization)}"
 
 
 def _packed(name: str, arm: str, spec: RunSpec) -> dict[str, Any]:
@@ -97,6 +111,7 @@ def _packed(name: str, arm: str, spec: RunSpec) -> dict[str, Any]:
         "arm": arm,
         "spec": spec.model_dump(mode="json"),
         "forget": key(spec.forget),
+        "memorization": _values_key(spec),
         "localizations": localizations,
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 from rich.console import Console
 
 from analysis import load
@@ -36,7 +38,7 @@ def _show(session: Session, tasks: list[Task]) -> None:
     export.export(session.store)
     with exports(session.store) as folder:
         frame = analysis.proxy_table(load.load(folder))
-    names = [task.object_name.rpartition("/")[2].removesuffix(".parquet") for task in tasks]
+    names = [PurePosixPath(name).stem for task in tasks for name in task.objects]
     frame = frame.filter(frame["proxies_key"].is_in(names))
     if not len(frame):
         console.print(

@@ -25,5 +25,4 @@ def run(options: Options) -> None:
 
 
 def _wanted(plan: Plan) -> list[Task]:
-    scores = plan.blocks() if plan.needs_scores else plan.stand_ins()
-    return [*scores, *plan.originals(), *plan.references()]
+    return [*plan.rankings(), *plan.originals(), *plan.references()]

@@ -76,7 +76,7 @@ def sweep(session: Session) -> Done:
 
 def _prepared(plan: Plan) -> list[Task]:
     return [
-        *(plan.blocks() if plan.needs_scores else plan.stand_ins()),
+        *plan.rankings(),
         *_needed(plan, plan.originals()),
         *plan.references(),
         *_needed(plan, plan.localizations()),

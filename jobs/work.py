@@ -21,6 +21,7 @@ from orchestrator.experiment import Outcome, Task, Workspace, memorization_score
 from orchestrator.plan import ScoresSummary
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
+from orchestrator.study import CAMPAIGN
 
 NAMES = {
     "model": "subset models",
@@ -110,9 +111,12 @@ def print_campaign(session: Session) -> None:
     """Say that subset models are trained first, where a forget set needs their scores, and what would do it alone."""
     plan = session.plan
     if plan.needs_scores and (missing := plan.campaign_counts()["missing"]):
-        names = ", ".join(rule.name for rule in session.study.forget_sets if "memorization" in rule.entry.inputs)
+        drawn = [rule for rule in session.study.forget_sets if "memorization" in rule.entry.inputs]
+        names = [f"forget set {rule.name}" for rule in drawn if session.study.scores == CAMPAIGN]
+        names += [f"method {name}" for name, arm in session.study.methods.items() if CAMPAIGN in arm.memorization()]
         console.print(
-            f"forget set {names} needs memorization scores: {missing} subset models come first "
+            f"{', '.join(names)} {'needs' if len(names) == 1 else 'need'} memorization scores: "
+            f"{missing} subset models come first "
             f"(`unlearn memorize {session.study.recipe}` with the same options trains them alone)",
             highlight=False,
         )

@@ -35,9 +35,11 @@ from orchestrator.specs import (
     ProxiesSpec,
     RunSpec,
     ScoresSpec,
+    StageSpec,
     StandInSpec,
     key,
 )
+from orchestrator.stages import PlainStage, StageMask
 from orchestrator.store import Store
 from orchestrator.training import Mask
 
@@ -88,14 +90,20 @@ class Task:
         return f"seed {(self.spec.original if isinstance(self.spec, ProxiesSpec) else self.spec).seed}"
 
     @property
+    def objects(self) -> tuple[str, ...]:
+        """The stored objects that say the task is done."""
+        if isinstance(self.spec, ProxiesSpec):
+            return tuple(map(scores_object, self.spec.each))
+        return (self.object_name,)
+
+    @property
     def object_name(self) -> str:
-        """The stored object that says the task is done."""
+        """The stored object that says the task is done; of a task that has one."""
         name = key(self.spec)
         return {
             "model": f"{parts_of(name, self.block)}/{self.member}.safetensors",
             "block": f"campaigns/{name}/blocks/{self.block}.safetensors",
             "original": f"models/{name}.safetensors",
-            "proxies": f"proxies/{name}.parquet",
             "localization": f"localizations/{name}.safetensors",
             "run": f"rows/{name}.json",
         }[self.kind]
@@ -239,16 +247,19 @@ class Workspace:
     def _proxies(self, task: Task) -> int:
         assert isinstance(task.spec, ProxiesSpec)
         original = task.spec.original
+        missing = [each for each in task.spec.each if not self.store.exists(scores_object(each))]
         with self._timed():
             values, seconds = pipeline.proxies(
                 self.lab,
-                task.spec.proxies,
+                [each.proxy for each in missing],
                 original.setting.model,
                 original.setting.training.build(),
                 original.seed,
             )
         facts = {"setting": key(original.setting), "seconds": json.dumps(seconds), "numerics": self.lab.numerics}
-        results.put_table(self.store, task.object_name, pa.table(values), facts)
+        for each in missing:
+            table = pa.table({each.proxy.name: values[each.proxy.name]})
+            results.put_table(self.store, scores_object(each), table, facts)
         return 1
 
     def _localization(self, task: Task) -> int:
@@ -282,6 +293,9 @@ class Workspace:
         indices, splits = self.forget(spec.forget)
         original = self.original(spec.original) if spec.original else None
         mask = self._mask(spec)
+        memorization = None
+        if spec.memorization is not None:
+            memorization = self._memorization(spec.memorization)[indices]
         with self._timed():
             finished = pipeline.run(
                 self.lab,
@@ -294,6 +308,8 @@ class Workspace:
                 original_seed=spec.original_seed,
                 mask=mask,
                 seed=spec.seed,
+                memorization=memorization,
+                stages=[plain_stage(stage) for stage in spec.stages],
             )
         name = key(spec)
         if spec.is_reference and finished.model is not None:
@@ -332,6 +348,9 @@ class Workspace:
             return indices, split_examples(self.lab, indices)
 
         return self._kept_or(key(spec), make)
+
+    def _memorization(self, spec: ScoresSpec | StandInSpec) -> np.ndarray:
+        return self._kept_or(f"values of {key(spec)}", lambda: memorization_scores(self.store, spec))
 
     def original(self, spec: OriginalSpec) -> nn.Module:
         """A stored original; methods copy it, nobody changes it."""
@@ -375,6 +394,11 @@ class Workspace:
         self.store.put(name, safetensors.torch.save(plain, dict(metadata) if metadata else None))
 
 
+def plain_stage(stage: StageSpec) -> PlainStage:
+    """A stage in plain values."""
+    return PlainStage(stage.method, None if stage.mask is None else StageMask(**dict(stage.mask)))
+
+
 def make_row(name: str, spec: RunSpec, finished: Finished, provenance: Mapping[str, Any]) -> results.Row:
     """The row of a finished run, its metrics computed from the outputs."""
     return results.Row(
@@ -393,7 +417,7 @@ def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
     """Keep a try at a task that came to nothing, as an attempt."""
     wanted = Task("block", task.spec, task.block) if task.kind == "model" else task
     facts = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
-    provenance = {**facts, "object": wanted.object_name}
+    provenance = {**facts, "object": wanted.objects[0]}
     spec = task.spec.model_dump(mode="json")
     results.put_attempt(store, results.Attempt(key(task.spec), spec, "failed", error, provenance))
 
@@ -401,7 +425,7 @@ def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
 def scores_object(spec: ScoresSpec | StandInSpec) -> str:
     """The stored object that holds memorization scores, or what stands in for them."""
     if isinstance(spec, StandInSpec):
-        return Task("proxies", spec.computed).object_name
+        return f"proxies/{key(spec)}.parquet"
     return f"scores/{key(spec)}.parquet"
 
 

@@ -9,14 +9,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from orchestrator import results
 from orchestrator.data import Outputs
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
-from orchestrator.registry import canonical_json
+from orchestrator.registry import InputError, canonical_json
 from orchestrator.results import TABLES, Attempt, Row, Sweep
+from orchestrator.specs import ScoresSpec, StandInSpec, key
 from orchestrator.store import Store
+from orchestrator.study import CAMPAIGN
 
 
 def export(store: Store) -> str:
@@ -90,8 +93,35 @@ def _spec_columns(spec: Mapping[str, Any]) -> dict[str, Any]:
         "learning_rate": method["options"].get("lr"),
         "seed": spec["seed"],
         "original_seed": spec["original_seed"],
-        "options": canonical_json(method["options"] | _mask_options(mask)),
+        "options": canonical_json(method["options"] | _mask_options(mask) | _composition(spec)),
+        "memorization_key": _memorization_key(spec),
     }
+
+
+def _composition(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The stages of a composed method, each option by itself as `stage1.lr`, and what its parts go by."""
+    options: dict[str, Any] = {}
+    for number, stage in enumerate(spec.get("stages", ()), 1):
+        method, mask = stage["method"], stage["mask"] or {}
+        found = {"": method["name"], **method["options"]}
+        if mask:
+            found |= {"strategy": mask["strategy"]["name"], "granularity": mask["granularity"]}
+            found |= {"budget": mask["budget"], **_mask_options(mask)}
+        options |= {f"stage{number}.{name}".removesuffix("."): value for name, value in found.items()}
+    if by := spec.get("memorization"):
+        options["scores"] = by["proxy"]["name"] if "proxy" in by else CAMPAIGN
+    return options
+
+
+def _memorization_key(spec: Mapping[str, Any]) -> str | None:
+    """The key of the scores, or of the stand-in, that a method went by."""
+    by = spec.get("memorization")
+    if not by:
+        return None
+    try:
+        return key(StandInSpec(**by) if "proxy" in by else ScoresSpec(**by))
+    except (InputError, ValidationError):  # of a plugin that is not loaded
+        return None
 
 
 def _mask_options(mask: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,10 +187,10 @@ def _lacks(metrics: Mapping[str, Any], versions: Mapping[str, str]) -> bool:
 
 def metric_lines(metrics: Mapping[str, Values]) -> Iterator[dict[str, Any]]:
     """The table `metrics`."""
-    for key, values in metrics.items():
+    for run, values in metrics.items():
         for name, by_split in values.items():
             for split, value in by_split.items():
-                yield {"key": key, "metric": name, "split": split, "value": value}
+                yield {"key": run, "metric": name, "split": split, "value": value}
 
 
 def comparison_lines(

@@ -185,6 +185,24 @@ def middle_memorized(
     return _nearest("middle_memorized", labels, np.abs(memorization - centre), count)
 
 
+@FORGET_SETS
+def mixed_memorized(labels: np.ndarray, memorization: np.ndarray, *, count: Count = 60) -> np.ndarray:
+    """A third each of the least, middle and most memorized training examples: the forget set of RUM (Zhao et al. 2024).
+
+    The middle third are the remaining examples nearest to the centre: halfway between the mean of the least and the
+    mean of the most memorized. For memorization scores that is about one half, as in RUM; for a proxy, of whatever
+    scale, the one rule in place of the several of the released code. Thirds are of equal size within one.
+    """
+    if not 3 <= count < len(labels):
+        raise InputError(f"forget set mixed_memorized: count is {count}; allowed: 3 to {len(labels) - 1}")
+    low, high = -(-count // 3), count // 3
+    order = np.argsort(memorization, kind="stable")
+    least, rest, most = order[:low], order[low : len(order) - high], order[len(order) - high :]
+    centre = (memorization[least].mean() + memorization[most].mean()) / 2
+    middle = rest[np.argsort(np.abs(memorization[rest] - centre), kind="stable")[: count - low - high]]
+    return np.sort(np.concatenate([least, middle, most]))
+
+
 def _nearest(name: str, labels: np.ndarray, distance: np.ndarray, count: int) -> np.ndarray:
     if count >= len(labels):
         raise InputError(f"forget set {name}: count is {count}; allowed: 1 to {len(labels) - 1}")

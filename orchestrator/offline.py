@@ -31,9 +31,11 @@ from orchestrator.models import MODELS, head_names
 from orchestrator.pipeline import Finished, Lab
 from orchestrator.registry import Chosen, InputError, Plugin, load_plugin
 from orchestrator.seeds import generator
+from orchestrator.stages import PlainStage, StageMask
 from orchestrator.training import Mask, Training
 
-FORMAT = 1
+FORMAT = 1  # of parts
+ORDER_FORMAT = 2
 _KEPT_SCORES = 16  # each as large as the model
 PART_BYTES = 12 * 2**20  # a part is closed when the outputs in it reach this size,
 PART_SECONDS = 100.0  # or when it is this old: what is in it is lost with the process
@@ -47,19 +49,21 @@ _ORDER_FIELDS = {
     "git_commit",
     "labels",
     "forget_sets",
+    "memorization",
     "runs",
 }
 
-_RUN_FIELDS = {"id", "arm", "spec", "forget", "localizations"}
+_RUN_FIELDS = {"id", "arm", "spec", "forget", "memorization", "localizations"}
 
 
 @dataclass(frozen=True)
 class Order:
     """Runs to perform, in plain values.
 
-    data: a data set by name and options. labels: their digest. forget_sets: key -> training indices. runs: each with
-    `id` (its key), `arm`, `spec` (as JSON), `forget` (a key of forget_sets) and `localizations`: the specs of its
-    localization, base first.
+    data: a data set by name and options. labels: their digest. forget_sets: key -> training indices. memorization:
+    key -> one value for each index of a forget set. runs: each with `id` (its key), `arm`, `spec` (as JSON), `forget`
+    (a key of forget_sets), `memorization` (a key, or None) and `localizations`: the specs of its localization, base
+    first.
     """
 
     format: int
@@ -71,6 +75,7 @@ class Order:
     git_commit: str | None
     labels: str
     forget_sets: Mapping[str, list[int]]
+    memorization: Mapping[str, list[float]]
     runs: Sequence[Mapping[str, Any]]
 
 
@@ -88,7 +93,7 @@ def read_order(path: Path) -> Order:
     """An order from a file; InputError where it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT or set(content) != _ORDER_FIELDS:
+        if content["format"] != ORDER_FORMAT or set(content) != _ORDER_FIELDS:
             raise InputError(f"{path} is an order of another version of this code; run `unlearn pack` again")
         order = Order(**content)
         for run in order.runs:
@@ -125,6 +130,9 @@ class Performer:
         mask, seconds = None, None
         if spec["mask"] is not None and original is not None:
             mask, seconds = self._mask(run, original, splits)
+        values = None
+        if run["memorization"] is not None:
+            values = np.array(self.order.memorization[run["memorization"]])
         finished = pipeline.run(
             self.lab,
             model,
@@ -136,6 +144,8 @@ class Performer:
             original_seed=spec["original_seed"],
             mask=mask,
             seed=spec["seed"],
+            memorization=values,
+            stages=[_stage(stage) for stage in spec["stages"]],
         )
         return finished, seconds
 
@@ -204,6 +214,14 @@ class Performer:
 
 def _chosen(part: Mapping[str, Any]) -> Chosen:
     return Chosen(part["name"], part["options"])
+
+
+def _stage(stage: Mapping[str, Any]) -> PlainStage:
+    mask = stage["mask"]
+    if mask is not None:
+        base = None if mask["base"] is None else _chosen(mask["base"])
+        mask = StageMask(**{**mask, "strategy": _chosen(mask["strategy"]), "base": base})
+    return PlainStage(_chosen(stage["method"]), mask)
 
 
 def _saved(model: nn.Module) -> bytes:

@@ -164,7 +164,7 @@ def _arms(arms: Mapping[str, Arm], rest: list[str], text: str, path: str) -> dic
         for name in filter(None, text.split(",")):
             if name not in arms and name not in METHODS:
                 raise InputError(f"unknown method {name!r}; {suggest(name, {*arms, *METHODS})}")
-            chosen[name] = arms[name] if name in arms else checked(lambda n=name: Arm(method=n))  # type: ignore[misc]
+            chosen[name] = arms[name] if name in arms else _plain_arm(name)
         if not chosen:
             raise InputError(f"methods is {text!r}; {suggest(text, {*arms, *METHODS})}")
         return chosen
@@ -181,6 +181,12 @@ def _arm(arm: Arm, field: str, text: str, path: str) -> Arm:
         changed: Arm = _rebuild(arm, "budget", budgets)
     elif field in ("granularity", "h", "train_head", "freeze_statistics"):
         changed = _rebuild(arm, field, text)
+    elif field == "scores":
+        changed = _rebuild(arm, "scores", text.split(","))
+    elif field == "stages":
+        changed = _rebuild(arm, "stages", [_plain_arm(method) for method in text.split(",")])
+    elif part == "stages":
+        changed = _rebuild(arm, "stages", _stages(arm, option, text, path))
     elif field in ("strategy", "base"):
         changed = _rebuild(arm, field, None if text == "none" else checked(lambda: Strategy(name=text)))
     elif part in ("strategy", "base") and getattr(arm, part) is not None:
@@ -190,6 +196,19 @@ def _arm(arm: Arm, field: str, text: str, path: str) -> Arm:
     else:
         raise InputError(f"unknown field {path!r}; {suggest(field, [*options, *set(Arm.model_fields) - _FIXED])}")
     return changed
+
+
+def _plain_arm(method: str) -> Arm:
+    return checked(lambda: Arm(method=method))
+
+
+def _stages(arm: Arm, rest: str, text: str, path: str) -> list[Arm]:
+    """The stages with one field of one of them changed: `1.lr`, counted from 1, the least memorized part's."""
+    number, _, field = rest.partition(".")
+    places = [str(place) for place in range(1, len(arm.stages) + 1)]
+    if number not in places or not field:
+        raise InputError(f"unknown field {path!r}; allowed: stages.{'|'.join(places) or 'N'}.FIELD")
+    return [_arm(s, field, text, path) if place == number else s for place, s in zip(places, arm.stages, strict=True)]
 
 
 _FIXED = {"method", "options"}  # fields of an arm that --set does not name

@@ -22,6 +22,7 @@ from orchestrator.models import Factory, factory
 from orchestrator.proxies import PROXIES, Watcher
 from orchestrator.registry import Choice
 from orchestrator.seeds import generator
+from orchestrator.stages import PlainStage, performer
 from orchestrator.training import Mask, Training, clone, fit, predict
 from orchestrator.unlearning import METHODS
 
@@ -210,17 +211,20 @@ def run(
     original_seed: int | None,
     mask: Mask | None,
     seed: int,
+    memorization: np.ndarray | None = None,
+    stages: Sequence[PlainStage] = (),
 ) -> Finished:
     """Unlearn (or retrain), predict on every split, and measure. The method is given a copy of the original.
 
-    `forget` are training indices int64, by which `splits` is cut.
+    `forget` are training indices int64, by which `splits` is cut; `memorization` is float64, one value for each of
+    them; `stages` are those of a composed method.
     """
     losses: list[float] = []
-    steps: list[int] = []
+    counts: list[int] = []
 
     def report(epoch: int, num_steps: int, loss: float) -> None:
         losses.append(loss)
-        steps.append(num_steps)
+        counts.append(num_steps)
 
     entry = METHODS[method.name]
     seen = splits.augmented(training.augment)
@@ -236,7 +240,11 @@ def run(
         "training": training,
         "report": report,
         "num_classes": lab.dataset.num_classes,
+        "memorization": None if memorization is None else memorization.copy(),
     }
+    available["stages"] = [
+        performer(stage, place, seed, available, lab.examples("train")) for place, stage in enumerate(stages)
+    ]
     start = time.perf_counter()
     with unchanged(f"method {method.name}", splits.forget, splits.retain, available["validation"]):
         unlearned = entry(available, entry.resolve(method.options))
@@ -246,7 +254,7 @@ def run(
     measurements: dict[str, float] = {}
     if "report" in entry.inputs:
         retraining = training.epochs * max(1, len(splits.retain) // training.batch_size)
-        measurements |= {"steps": sum(steps), "steps_ratio": sum(steps) / retraining}
+        measurements |= {"steps": sum(counts), "steps_ratio": sum(counts) / retraining}
     if mask is not None:
         measurements |= {
             "entries": mask.num_entries,

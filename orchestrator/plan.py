@@ -65,7 +65,7 @@ class Plan:
     present: frozenset[str]
 
     def missing(self, tasks: Iterable[Task]) -> list[Task]:
-        return [task for task in tasks if task.object_name not in self.present]
+        return [task for task in tasks if any(name not in self.present for name in task.objects)]
 
     def against(self, store: Store) -> Plan:
         """The same, against what the store holds now."""
@@ -76,18 +76,22 @@ class Plan:
         return [task for task in tasks if all(name in self.present for name in _inputs(task))]
 
     def stand_ins(self) -> list[Task]:
-        """The proxies that forget sets go by in place of a campaign's scores."""
-        spec = self.study.memorization_spec(self.fingerprint)
-        return [Task("proxies", spec.computed)] if self._by_memorization and isinstance(spec, StandInSpec) else []
+        """The proxies that forget sets and methods go by in place of a campaign's scores, from one training run."""
+        names = [name for name in self.study.scores_used if name != CAMPAIGN]
+        specs = [self.study.memorization_spec(self.fingerprint, name) for name in names]
+        found = [spec for spec in specs if isinstance(spec, StandInSpec)]
+        if not found:
+            return []
+        return [Task("proxies", ProxiesSpec(original=found[0].original, proxies=tuple(s.proxy for s in found)))]
 
     @property
     def needs_scores(self) -> bool:
-        """Whether a forget set goes by the campaign's scores."""
-        return self._by_memorization and self.study.scores == CAMPAIGN
+        """Whether a forget set or a method goes by the campaign's scores."""
+        return CAMPAIGN in self.study.scores_used
 
-    @property
-    def _by_memorization(self) -> bool:
-        return any("memorization" in rule.entry.inputs for rule in self.study.forget_sets)
+    def rankings(self) -> list[Task]:
+        """What forget sets and methods by memorization need: a campaign's blocks, and stand-ins."""
+        return [*(self.blocks() if self.needs_scores else []), *self.stand_ins()]
 
     def blocks(self) -> list[Task]:
         spec = self.study.campaign_spec(self.fingerprint)
@@ -169,12 +173,9 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     for rule in study.forget_sets:
         _check_forget_set(rule, dataset, store.get)
     _check_model(study, dataset)
-    if (
-        study.scores in PROXIES
-        and "validation" in PROXIES[study.scores].inputs
-        and not len(dataset.splits["validation"])
-    ):
-        raise InputError(f"scores={study.scores} needs a validation split; give the data one (data.num_validation)")
+    for name in {study.scores, *study.scores_used} & set(PROXIES):
+        if "validation" in PROXIES[name].inputs and not len(dataset.splits["validation"]):
+            raise InputError(f"scores={name} needs a validation split; give the data one (data.num_validation)")
     finished = [key(task.spec) for task in (*plan.references(), *plan.runs()) if task.object_name in present]
     for name in finished:
         results.get_row(store, name)
@@ -199,6 +200,8 @@ def _inputs(task: Task) -> list[str]:
     found = [] if spec.original is None else [Task("original", spec.original).object_name]
     if spec.forget.scores is not None:
         found.append(scores_object(spec.forget.scores))
+    if isinstance(spec, RunSpec) and spec.memorization is not None:
+        found.append(scores_object(spec.memorization))
     if isinstance(spec, RunSpec) and spec.localization is not None:
         found.append(Task("localization", spec.localization).object_name)
     return found

@@ -23,7 +23,7 @@ from orchestrator.registry import InputError, canonical_json
 from orchestrator.specs import ForgetSpec, Setting, key
 from orchestrator.store import Store
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 _S, _I, _F = pa.string(), pa.int64(), pa.float64()
 TABLES: Mapping[str, pa.Schema] = {
@@ -46,6 +46,7 @@ TABLES: Mapping[str, pa.Schema] = {
             ("seed", _I, False),
             ("original_seed", _I, True),
             ("options", _S, False),
+            ("memorization_key", _S, True),
             ("steps_ratio", _F, True),
             ("seconds", _F, True),
             ("localization_seconds", _F, True),

@@ -161,10 +161,14 @@ class OriginalSpec(Spec):
 
 
 class ProxiesSpec(Spec):
-    """Stand-ins for memorization from one training run, that of an original."""
+    """Stand-ins for memorization from one training run, that of an original; each is stored by itself."""
 
     original: OriginalSpec
     proxies: tuple[Proxy, ...]
+
+    @property
+    def each(self) -> tuple[StandInSpec, ...]:
+        return tuple(StandInSpec(original=self.original, proxy=proxy) for proxy in self.proxies)
 
 
 class StandInSpec(Spec):
@@ -172,11 +176,6 @@ class StandInSpec(Spec):
 
     original: OriginalSpec
     proxy: Proxy
-
-    @property
-    def computed(self) -> ProxiesSpec:
-        """What is computed and stored."""
-        return ProxiesSpec(original=self.original, proxies=(self.proxy,))
 
 
 class ForgetSpec(Spec):
@@ -242,8 +241,35 @@ def check_granularity(strategy: Strategy, granularity: str) -> None:
         raise InputError(f"granularity of strategy {strategy.name} is {granularity}; allowed: {', '.join(allowed)}")
 
 
+class StageSpec(Spec):
+    """One stage of a composed method: a method that starts from a model, and its mask."""
+
+    method: Method
+    mask: MaskSpec | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        inputs = self.method.entry.inputs
+        if "model" not in inputs or "stages" in inputs:
+            raise InputError(f"method {self.method.name} cannot be a stage: {_NOT_A_STAGE}")
+        _check_mask(self.method, self.mask)
+        return self
+
+
+_NOT_A_STAGE = "a stage starts from the model that the one before has left, and has no stages of its own"
+
+
+def _check_mask(method: Method, mask: MaskSpec | None) -> None:
+    if mask is not None and "mask" not in method.entry.inputs:
+        raise InputError(f"method {method.name} chooses its own parameters: it takes no strategy or budget")
+
+
 class RunSpec(Spec):
-    """One run: an unlearning method on one original and forget set; a reference is one with the method `retrain`."""
+    """One run: an unlearning method on one original and forget set; a reference is one with the method `retrain`.
+
+    `memorization`: what a method that asks for it is given, of a campaign or a stand-in. `stages`: those of a composed
+    method.
+    """
 
     setting: Setting
     forget: ForgetSpec
@@ -251,14 +277,21 @@ class RunSpec(Spec):
     original_seed: int | None
     mask: MaskSpec | None = None
     seed: int
+    memorization: ScoresSpec | StandInSpec | None = Field(default=None, json_schema_extra={"unhashed_at": None})
+    stages: tuple[StageSpec, ...] = Field(default=(), json_schema_extra={"unhashed_at": []})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         inputs = self.method.entry.inputs
-        if ("model" in inputs) != (self.original_seed is not None):
-            raise InputError(f"method {self.method.name} {'needs' if 'model' in inputs else 'takes no'} original")
-        if self.mask is not None and "mask" not in inputs:
-            raise InputError(f"method {self.method.name} chooses its own parameters: it takes no strategy or budget")
+        for name, is_given in (
+            ("model", self.original_seed is not None),
+            ("memorization", self.memorization is not None),
+            ("stages", bool(self.stages)),
+        ):
+            if (name in inputs) != is_given:
+                said = {"model": "original", "memorization": "memorization scores"}.get(name, name)
+                raise InputError(f"method {self.method.name} {'needs' if name in inputs else 'takes no'} {said}")
+        _check_mask(self.method, self.mask)
         return self
 
     @property
@@ -300,7 +333,7 @@ def canonical(value: object) -> object:
         return {
             name: canonical(part)
             for name, (part, extra) in parts.items()
-            if not (isinstance(extra, dict) and "unhashed_at" in extra and extra["unhashed_at"] == part)
+            if not (isinstance(extra, dict) and "unhashed_at" in extra and extra["unhashed_at"] == _as_json(part))
         }
     if isinstance(value, Mapping):
         return {str(name): canonical(part) for name, part in value.items()}
@@ -311,6 +344,10 @@ def canonical(value: object) -> object:
     if value is None or isinstance(value, bool | int | str):
         return value
     raise TypeError(f"{value!r} has no canonical form")
+
+
+def _as_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def key(spec: Spec) -> str:

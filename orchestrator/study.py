@@ -28,6 +28,7 @@ from orchestrator.specs import (
     ScoresSpec,
     Setting,
     Spec,
+    StageSpec,
     StandInSpec,
     Strategy,
     TrainingSpec,
@@ -66,7 +67,8 @@ class Arm(Spec):
     """A named combination of strategy, granularity and method; every list in it is an axis of the grid.
 
     A budget of None (`own` on the command line) is the one that the strategy ends at. For `h`, `train_head` and
-    `freeze_statistics` see localization.TopH, localization.Ranking.mask and training.Mask.
+    `freeze_statistics` see localization.TopH, localization.Ranking.mask and training.Mask. `stages` are those of a
+    composed method, the least memorized part's first; `scores` is what its parts go by, `campaign` or proxies.
     """
 
     method: str
@@ -78,6 +80,13 @@ class Arm(Spec):
     h: int | float | str = "released"
     train_head: bool = True
     freeze_statistics: bool = False
+    stages: tuple[Arm, ...] = ()
+    scores: tuple[str, ...] = ()
+
+    @field_validator("scores")
+    @classmethod
+    def _known(cls, scores: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_scores(name) for name in scores)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -90,6 +99,11 @@ class Arm(Spec):
         object.__setattr__(self, "options", coerced)
         if (self.strategy is not None or self.budget) and "mask" not in entry.inputs:
             raise InputError(f"method {self.method} chooses its own parameters: it takes no strategy or budget")
+        if self.stages and "stages" not in entry.inputs:
+            raise InputError(f"method {self.method} has no stages; those that have: {', '.join(_asking('stages'))}")
+        if self.scores and "memorization" not in entry.inputs:
+            by = ", ".join(_asking("memorization"))
+            raise InputError(f"method {self.method} does not go by memorization scores; those that do: {by}")
         for budget in self.budget:
             if budget is not None and not 0 < budget <= 1:
                 raise InputError(f"budget is {budget}; allowed: a share of the parameter entries in (0, 1]")
@@ -100,6 +114,12 @@ class Arm(Spec):
         """Raise InputError where strategy, base and budget do not go together; they may be set one after another."""
         if self.strategy is None and self.budget:
             raise InputError(f"method {self.method} has a budget but no strategy; set its strategy too")
+        if not self.stages and "stages" in METHODS[self.method].inputs:
+            raise InputError(
+                f"method {self.method} needs stages; set its stages to methods, that for the least memorized first"
+            )
+        for stage in self.stages:
+            stage.check_whole()
         if self.strategy is not None and not self.budget:
             raise InputError(f"strategy {self.strategy.name} has no budget; set budget to shares in (0, 1]")
         wanted = self.strategy is not None and "base" in self.strategy.entry.inputs
@@ -115,6 +135,18 @@ class Arm(Spec):
         """Every combination of the options."""
         for values in product(*self.options.values()):
             yield Method(name=self.method, options=dict(zip(self.options, values, strict=True)))
+
+    def memorization(self) -> tuple[str | None, ...]:
+        """What each run's parts go by; None for a method that does not ask."""
+        if "memorization" not in METHODS[self.method].inputs:
+            return (None,)
+        return self.scores or (CAMPAIGN,)
+
+    def composed(self, model: Model) -> Iterator[tuple[StageSpec, ...]]:
+        """Every combination of the stages' options and masks."""
+        each = [[(m, mask) for m in stage.methods() for mask in stage.masks(model)] for stage in self.stages]
+        for chosen in product(*each):
+            yield tuple(StageSpec(method=method, mask=mask) for method, mask in chosen)
 
     def masks(self, model: Model) -> Iterator[MaskSpec | None]:
         """Every budget, or None where the arm has no strategy. The released `h` of a transformer is `all`."""
@@ -132,6 +164,17 @@ class Arm(Spec):
                 h="all" if self.h == "released" and is_transformer(model.entry) else self.h,
                 freeze_statistics=self.freeze_statistics,
             )
+
+
+def _asking(name: str) -> list[str]:
+    return [method for method, entry in METHODS.items() if name in entry.inputs]
+
+
+def check_scores(name: str) -> str:
+    """The name of what goes by memorization: the campaign, or a proxy; InputError for another."""
+    if name != CAMPAIGN and name not in PROXIES:
+        raise InputError(f"scores is {name!r}; {suggest(name, (CAMPAIGN, *PROXIES))}")
+    return name
 
 
 class Study(Spec):
@@ -177,9 +220,7 @@ class Study(Spec):
     @field_validator("scores")
     @classmethod
     def _known(cls, scores: str) -> str:
-        if scores != CAMPAIGN and scores not in PROXIES:
-            raise InputError(f"scores is {scores!r}; {suggest(scores, (CAMPAIGN, *PROXIES))}")
-        return scores
+        return check_scores(scores)
 
     def setting(self, fingerprint: str) -> Setting:
         return Setting(data=fingerprint, model=self.model, training=self.training)
@@ -192,12 +233,19 @@ class Study(Spec):
             campaign=self.campaign_spec(fingerprint), blocks=self.campaign.blocks, estimator=self.campaign.estimator
         )
 
-    def memorization_spec(self, fingerprint: str) -> ScoresSpec | StandInSpec:
-        """What forget sets go by."""
-        if self.scores == CAMPAIGN:
+    def memorization_spec(self, fingerprint: str, scores: str) -> ScoresSpec | StandInSpec:
+        """The scores of the campaign, or what a proxy gives for the first original."""
+        if scores == CAMPAIGN:
             return self.scores_spec(fingerprint)
         original = OriginalSpec(setting=self.setting(fingerprint), seed=self.original_of(self.seeds[0]))
-        return StandInSpec(original=original, proxy=Proxy(name=self.scores))
+        return StandInSpec(original=original, proxy=Proxy(name=scores))
+
+    @property
+    def scores_used(self) -> tuple[str, ...]:
+        """What forget sets and methods go by, without repetition: `campaign`, or names of proxies."""
+        drawn = any("memorization" in rule.entry.inputs for rule in self.forget_sets)
+        methods = [name for arm in self.methods.values() for name in arm.memorization() if name is not None]
+        return tuple(dict.fromkeys([*([self.scores] if drawn else []), *methods]))
 
     def draw_of(self, seed: int) -> int:
         """The forget draw that goes with a seed."""
@@ -212,7 +260,7 @@ class Study(Spec):
         return ForgetSpec(
             rule=rule,
             draw=draw if "rng" in rule.entry.inputs else 0,
-            scores=self.memorization_spec(fingerprint) if "memorization" in rule.entry.inputs else None,
+            scores=self.memorization_spec(fingerprint, self.scores) if "memorization" in rule.entry.inputs else None,
         )
 
     def forget_specs(self, fingerprint: str) -> list[ForgetSpec]:
@@ -257,11 +305,15 @@ class Study(Spec):
                     original_seed=self.original_of(seed) if "model" in method.entry.inputs else None,
                     mask=mask,
                     seed=seed,
+                    memorization=None if scores is None else self.memorization_spec(fingerprint, scores),
+                    stages=stages,
                 ),
             )
             for rule in self.forget_sets
             for name, arm in self.methods.items()
             for method in arm.methods()
             for mask in arm.masks(self.model)
+            for scores in arm.memorization()
+            for stages in arm.composed(self.model)
             for seed in self.seeds
         ]

@@ -21,8 +21,10 @@ from orchestrator.metrics import COMPARISONS, METRICS
 from orchestrator.models import MODELS, Factory, factory, head_names
 from orchestrator.proxies import PROXIES, Watcher
 from orchestrator.recipes import RECIPES
+from orchestrator.registry import Chosen
 from orchestrator.seeds import generator, numpy_generator
 from orchestrator.specs import key
+from orchestrator.stages import PlainStage, performer
 from orchestrator.study import Study
 from orchestrator.training import Training
 from orchestrator.unlearning import METHODS
@@ -102,7 +104,10 @@ def numbers() -> dict[str, dict[str, list[float]]]:
             "model": model, "mask": mask, "forget": splits.forget, "retain": splits.retain, "validation": splits.retain,
             "fresh": fresh, "generator": generator(1, "golden"), "training": training, "num_classes": 3,
             "report": lambda *_: None, "initial": lambda: fresh(generator(6, "golden")),
+            "memorization": numpy_generator(5, "golden").random(len(splits.forget)),
         }  # fmt: skip
+        tuned = PlainStage(Chosen("neg_grad_plus", {"lr": 0.1, "epochs": 1, "batch_size": 4}), None)
+        inputs["stages"] = [performer(tuned, place, 8, inputs, splits.train) for place in range(3)]
         found["method"][f"{name} {method.version}"] = _summary(
             _flat(method(inputs, method.resolve(small))) - _flat(model)
         )

@@ -14,7 +14,7 @@ from torch import nn
 from orchestrator import export, results
 from orchestrator import plan as planning
 from orchestrator.data import DATASETS, Dataset, Examples, Outputs
-from orchestrator.experiment import Context, Outcome, Task, Workspace, memorization_scores, parts_of
+from orchestrator.experiment import Context, Outcome, Task, Workspace, memorization_scores, parts_of, scores_object
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import METRICS
 from orchestrator.plan import Plan
@@ -27,6 +27,7 @@ from orchestrator.specs import (
     MaskSpec,
     Method,
     Model,
+    ProxiesSpec,
     Proxy,
     RunSpec,
     ScoresSpec,
@@ -273,9 +274,9 @@ def test_a_forget_set_by_a_proxy_is_the_top_of_its_stored_values(dataset: Datase
     stand_in = StandInSpec(original=original, proxy=Proxy(name="confidence"))
     store = Store(str(tmp_path))
     workspace = Workspace(dataset, Context(store))
-    task = Task("proxies", stand_in.computed)
+    task = Task("proxies", ProxiesSpec(original=original, proxies=(stand_in.proxy,)))
     assert workspace.perform(task).error is None
-    values = results.get_table(store, task.object_name).column("confidence").to_numpy()
+    values = results.get_table(store, scores_object(stand_in)).column("confidence").to_numpy()
     assert np.ptp(values) > 0
     rule = ForgetSet(name="most_memorized", options={"count": 7})
     indices, splits = workspace.forget(ForgetSpec(rule=rule, scores=stand_in))

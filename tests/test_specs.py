@@ -17,10 +17,13 @@ from orchestrator.specs import (
     Method,
     Model,
     OriginalSpec,
+    Proxy,
     RunSpec,
     ScoresSpec,
     Setting,
     Spec,
+    StageSpec,
+    StandInSpec,
     Strategy,
     TrainingSpec,
     canonical,
@@ -47,7 +50,18 @@ RUN = RunSpec(
 )
 LOCALIZATION = RUN.localization
 assert LOCALIZATION is not None
+IDENTITY, FINETUNE = Method(name="identity"), Method(name="finetune", options={"lr": 0.1})
+COMPOSED = RunSpec(
+    setting=SETTING,
+    forget=FORGET,
+    method=Method(name="rum"),
+    original_seed=0,
+    seed=1,
+    memorization=SCORES,
+    stages=(StageSpec(method=IDENTITY), StageSpec(method=FINETUNE, mask=MASK)),
+)
 SPECS: list[Spec] = [TRAINING, SETTING, CAMPAIGN, SCORES, FORGET, MASK, RUN, LOCALIZATION, WEIGHTED, RUN.method]
+SPECS += [COMPOSED, COMPOSED.stages[1]]
 
 
 def other(spec: Spec, path: tuple[str, ...], value: Any) -> Any:
@@ -121,8 +135,47 @@ def test_the_changes_above_leave_no_field_out() -> None:
     kinds = (RunSpec, Setting, TrainingSpec, ForgetSpec, ScoresSpec, CampaignSpec, MaskSpec)
     declared = {(kind.__name__, name) for kind in kinds for name in kind.model_fields}
     changed = {step for path, _ in CHANGES for step in fields_on(path)}
-    # a campaign's setting is a Setting, whose fields are changed above
-    assert declared - changed == {("CampaignSpec", "setting")}
+    # a campaign's setting is a Setting, whose fields are changed above; what a composed method has follows
+    assert declared - changed == {("CampaignSpec", "setting"), ("RunSpec", "memorization"), ("RunSpec", "stages")}
+
+
+def test_the_key_of_a_composed_run_holds_its_stages_and_what_they_go_by() -> None:
+    first, second = COMPOSED.stages
+    changes: list[dict[str, Any]] = [
+        {},
+        {"memorization": SCORES.model_copy(update={"blocks": 5})},
+        {"memorization": StandInSpec(original=COMPOSED.original, proxy=Proxy(name="entropy"))},
+        {"memorization": StandInSpec(original=COMPOSED.original, proxy=Proxy(name="confidence"))},
+        {"stages": (second, first)},
+        {"stages": (first, first)},
+        {"stages": (first, second, second)},
+        {"stages": (first, StageSpec(method=FINETUNE))},
+        {"stages": (first, other(second, ("mask", "budget"), 0.5))},
+        {"stages": (first, other(second, ("method", "options", "lr"), 0.2))},
+    ]
+    whole = {name: getattr(COMPOSED, name) for name in RunSpec.model_fields}
+    assert len({key(RunSpec(**whole | change)) for change in changes}) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"memorization": None}, "method rum needs memorization scores"),
+        ({"stages": ()}, "method rum needs stages"),
+        ({"method": FINETUNE}, "method finetune takes no memorization scores"),
+        ({"method": FINETUNE, "memorization": None}, "method finetune takes no stages"),
+        ({"method": Method(name="rum_shuffled")}, "method rum_shuffled takes no memorization scores"),
+    ],
+)
+def test_a_run_has_what_its_method_asks_for(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        RunSpec(**{name: getattr(COMPOSED, name) for name in RunSpec.model_fields} | changes)
+
+
+@pytest.mark.parametrize("name", ["retrain", "rum", "rum_shuffled"])
+def test_what_does_not_start_from_a_model_is_no_stage(name: str) -> None:
+    with pytest.raises(ValidationError, match=f"method {name} cannot be a stage"):
+        StageSpec(method=Method(name=name))
 
 
 def test_the_keys_of_all_changes_differ() -> None:

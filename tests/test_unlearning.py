@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -49,7 +51,22 @@ def available(model: nn.Module, fresh: Factory, splits: Splits) -> dict[str, Any
         "training": TRAINING,
         "report": lambda epoch, steps, loss: None,
         "num_classes": 3,
+        "memorization": np.linspace(1, 0, len(splits.forget)),
+        "stages": [descending(splits, seed) for seed in range(2)],
     }
+
+
+def descending(splits: Splits, seed: int) -> Callable[[nn.Module, Examples, Examples], nn.Module]:
+    """A stage that trains on its part and on what it is to keep, a little more on the first."""
+
+    def stage(model: nn.Module, forget: Examples, retain: Examples) -> nn.Module:
+        for part in (forget, forget, retain):
+            model = fit(
+                clone(model), part, training=replace(TRAINING, batch_size=4), generator=generator(seed, "stage")
+            )
+        return model
+
+    return stage
 
 
 def seeded(available: Mapping[str, Any], seed: int) -> dict[str, Any]:
