@@ -30,6 +30,8 @@ HEADINGS = ("proxy", "rank correlation", "95 % interval", "ceiling", "seconds", 
 def proxy_table(tables: Tables) -> pl.DataFrame:
     """One line per campaign and proxy of the same setting (data, model, training), columns as in COLUMNS; best first.
 
+    A proxy of several originals has its key behind its name.
+
     correlation: Spearman's, with a 95 % bootstrap interval over examples (null where one side is constant). ceiling:
     what unreliable scores allow at most (null without halves). seconds: the training run and what the proxy needs
     beside it; cost: over the seconds of all subset models.
@@ -39,12 +41,15 @@ def proxy_table(tables: Tables) -> pl.DataFrame:
         of_campaign = pl.col("scores_key") == campaign["scores_key"]
         scores = tables.memorization.filter(of_campaign).sort("index")["score"].to_numpy()
         found = tables.proxies.filter(pl.col("setting") == campaign["setting"])
+        several = found.group_by("proxy").agg(pl.col("proxies_key").n_unique() > 1)
+        repeated = set(several.filter(pl.col("proxies_key"))["proxy"].to_list())
         for (name, proxy), group in found.group_by("proxies_key", "proxy", maintain_order=True):
+            label = f"{proxy} ({str(name)[:8]})" if proxy in repeated else proxy
             values = group.sort("index")["value"].to_numpy()
             seconds = float(group["seconds"][0] + group["training_seconds"][0])
             line = dict(zip(("correlation", "low", "high"), correlation_with(values, scores), strict=True))
             lines.append(
-                {"scores_key": campaign["scores_key"], "proxies_key": name, "proxy": proxy, **line}
+                {"scores_key": campaign["scores_key"], "proxies_key": name, "proxy": label, **line}
                 | {"ceiling": ceiling(campaign["split_half"]), "seconds": seconds}
                 | {"cost": seconds / campaign["model_seconds"]}
             )
@@ -96,8 +101,8 @@ def _number(value: object, form: str) -> str:
 def render(frame: pl.DataFrame) -> list[Table]:
     """The table for the terminal, one part per campaign."""
     shown = []
-    for (scores, name), group in frame.group_by("scores_key", "proxies_key", maintain_order=True):
-        title = f"\nproxies {str(name)[:8]} against the scores {str(scores)[:8]}"
+    for (scores,), group in frame.group_by("scores_key", maintain_order=True):
+        title = f"\nproxies against the scores {str(scores)[:8]}"
         table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
         for heading in HEADINGS:
             table.add_column(heading, justify="left" if heading == "proxy" else "right", no_wrap=True)

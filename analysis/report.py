@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from analysis import figures, paper, proxies, tables
+from analysis import figures, paper, proxies, refinement, tables
 from analysis.load import Tables, load
 from orchestrator.registry import InputError
 
@@ -103,6 +103,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         "pairing": _pairing(runs),
         "scores": [_scores(read, key) for key in _scores_of(read)],
         "proxies": _proxies(read),
+        "refinement": None,
         "failed": _failed(tables.failed_of_sweep(read, sweep)) if sweep else [],
         "export_id": read.export_id,
         "quality": None,
@@ -120,6 +121,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         shaped = paper.paper_table(read, sweep)
         content["paper"] = _paper(shaped)
         content["published"] = paper.comparisons_with_paper(shaped, recipe)
+        content["refinement"] = _refinement(read, sweep)
         content["ablations"] = _ablations(paper.ablation_table(read, sweep))
         if _has_layers(read, runs):
             content["layers"] = _embed(figures.layer_shares(read, sweep))
@@ -217,18 +219,33 @@ def _scores(read: Tables, key: str) -> dict[str, Any]:
 def _proxies(read: Tables) -> list[dict[str, Any]]:
     frame = proxies.proxy_table(read)
     parts = []
-    for (scores, name), group in frame.group_by("scores_key", "proxies_key", maintain_order=True):
+    for (scores,), group in frame.group_by("scores_key", maintain_order=True):
         lines = group.to_dicts()
         parts.append(
             {
                 "scores": str(scores)[:8],
-                "key": str(name)[:8],
                 "columns": proxies.HEADINGS,
                 "lines": [proxies.cells(line) for line in lines],
                 "figure": _embed(proxies.figure(lines)),
             }
         )
     return parts
+
+
+def _refinement(read: Tables, sweep: str) -> dict[str, Any] | None:
+    frame = refinement.refinement_table(read, sweep)
+    if not len(frame):
+        return None
+    contrasts = refinement.contrasts(read, sweep)
+    return {
+        "columns": refinement.HEADINGS,
+        "parts": [
+            {"name": name, "lines": [refinement.cells(line) for line in group.to_dicts()]}
+            for (name,), group in frame.group_by("forget_set", maintain_order=True)
+        ],
+        "contrast_columns": refinement.CONTRAST_HEADINGS,
+        "contrasts": [refinement.contrast_cells(line) for line in contrasts.to_dicts()],
+    }
 
 
 def _tables(frame: pl.DataFrame) -> list[dict[str, Any]]:

@@ -211,7 +211,7 @@ def report(
         str | None, typer.Option(help="Key of a sweep, or its first characters. Default: the newest.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
-    table: Annotated[str, typer.Option(help="What to print: comparison, paper or ablation.")] = "comparison",
+    table: Annotated[str, typer.Option(help="What to print: comparison, paper, ablation or rum.")] = "comparison",
 ) -> None:
     """Write the HTML report of a sweep, and print one of its tables, from the exported tables."""
     from jobs import report as job

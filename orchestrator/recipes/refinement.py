@@ -20,8 +20,8 @@ def refined(
 ) -> dict[str, Arm]:
     """RUM, RUM-F, their shuffled controls and the vanilla methods.
 
-    `epochs` of fine-tuning and of the other methods; `rates` of SalUn (of the rest 0.1 for a stage of fine-tuning, 0.01
-    as in RUM); `final`: what a rate falls to, as a share of it.
+    `epochs` of fine-tuning and of the other methods; `rates` of SalUn, the first in RUM-F (fine-tuning has 0.1 and
+    NegGrad+ 0.01, as in RUM); `final`: what a rate falls to, as a share of it.
     """
     shared: Options = {"batch_size": (batch_size,), "weight_decay": (weight_decay,)}
     finetune = Arm(method="finetune", options={"lr": (0.1,), "epochs": epochs[:1], "final": (final,), **shared})
@@ -44,7 +44,7 @@ def refined(
     nothing = Arm(method="identity")
     composed = {
         "rum": ((nothing, finetune, salun), (CAMPAIGN, *PROXIES)),
-        "rum_salun": ((salun,) * 3, (CAMPAIGN, *PROXIES)),
+        "rum_salun": ((_at(salun, rates[:1]),) * 3, (CAMPAIGN, *PROXIES)),
         "rum_finetune": ((finetune,) * 3, (CAMPAIGN,)),
         "rum_neg_grad_plus": ((neg_grad_plus,) * 3, (CAMPAIGN,)),
         "rum_del": ((nothing, finetune, deletion), (CAMPAIGN,)),
@@ -69,6 +69,11 @@ def refined(
         **{name: Arm(method="rum", stages=stages, scores=scores) for name, (stages, scores) in composed.items()},
         **{f"{name}_shuffled": Arm(method="rum_shuffled", stages=stages) for name, (stages, _) in composed.items()},
     }
+
+
+def _at(arm: Arm, rates: tuple[float, ...]) -> Arm:
+    """An arm at some of its rates: three stages of two rates each would be eight settings."""
+    return arm.model_copy(update={"options": {**arm.options, "lr": rates}})
 
 
 @RECIPES
