@@ -1,7 +1,7 @@
 """Tables of unlearning part by part (RUM): what ranked the parts, how near to the references, and at what cost.
 
-The question of Zhao and Triantafillou (2024): does a cheap stand-in rank well enough that unlearning by it is as good as
-by memorization scores?
+The question of Zhao and Triantafillou (2024): does a cheap stand-in rank well enough that unlearning by it is as good
+as by memorization scores?
 """
 
 from __future__ import annotations
@@ -248,9 +248,7 @@ def render(tables: Tables, sweep: str) -> list[Table]:
     return parts
 
 
-def _table(
-    title: str, headings: Sequence[str], frame: pl.DataFrame, text: Callable[[Mapping[str, object]], list[str]]
-) -> Table:
+def _table(title: str, headings: Sequence[str], frame: pl.DataFrame, text: _Text) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
     for name in headings:
         left = name in ("method", "parts by", "forget set", "against", "measure")

@@ -249,14 +249,19 @@ class StageSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        inputs = self.method.entry.inputs
-        if "model" not in inputs or "stages" in inputs:
-            raise InputError(f"method {self.method.name} cannot be a stage: {_NOT_A_STAGE}")
+        check_stage(self.method.name)
         _check_mask(self.method, self.mask)
         return self
 
 
-_NOT_A_STAGE = "a stage starts from the model that the one before has left, and has no stages of its own"
+def check_stage(method: str) -> None:
+    """Raise InputError for a method that cannot be a stage of another."""
+    inputs = METHODS[method].inputs
+    if "model" not in inputs or "stages" in inputs:
+        raise InputError(
+            f"method {method} cannot be a stage: a stage starts from the model that the one before has left, "
+            "and has no stages of its own"
+        )
 
 
 def _check_mask(method: Method, mask: MaskSpec | None) -> None:

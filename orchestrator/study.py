@@ -34,6 +34,7 @@ from orchestrator.specs import (
     TrainingSpec,
     check_fraction,
     check_granularity,
+    check_stage,
     key,
 )
 from orchestrator.unlearning import METHODS
@@ -119,6 +120,7 @@ class Arm(Spec):
                 f"method {self.method} needs stages; set its stages to methods, that for the least memorized first"
             )
         for stage in self.stages:
+            check_stage(stage.method)
             stage.check_whole()
         if self.strategy is not None and not self.budget:
             raise InputError(f"strategy {self.strategy.name} has no budget; set budget to shares in (0, 1]")

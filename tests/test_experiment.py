@@ -284,6 +284,29 @@ def test_a_forget_set_by_a_proxy_is_the_top_of_its_stored_values(dataset: Datase
     assert len(splits.retain) == 193
 
 
+def test_proxies_are_stored_one_by_one_and_computed_once(dataset: Dataset, tmp_path: Path) -> None:
+    original = run_of(dataset, "finetune").original
+    assert original is not None
+    names = ("confidence", "loss_curvature", "entropy")
+    stores = [Store(str(tmp_path / name)) for name in ("together", "apart")]
+
+    def perform(store: Store, *chosen: str) -> tuple[Task, Outcome]:
+        task = Task("proxies", ProxiesSpec(original=original, proxies=tuple(Proxy(name=name) for name in chosen)))
+        return task, Workspace(dataset, Context(store)).perform(task)
+
+    whole, _ = perform(stores[0], *names)
+    perform(stores[1], *names[:1])
+    stamp = Path(stores[1].path(whole.objects[0])).stat().st_mtime_ns
+    task, outcome = perform(stores[1], *names)
+    assert outcome.error is None
+    assert task.objects == whole.objects == tuple(scores_object(each) for each in task.spec.each)
+    assert Path(stores[1].path(whole.objects[0])).stat().st_mtime_ns == stamp, "what was there is computed again"
+    for name, stored in zip(names, whole.objects, strict=True):
+        values = [results.get_table(store, stored).column(name).to_numpy() for store in stores]
+        assert np.array_equal(*values)
+        assert np.ptp(values[0]) > 0
+
+
 # ---- blocks of subset models ---------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,10 @@ import pytest
 from jobs.pack import _order, unpack
 from jobs.session import Options, open_session
 from orchestrator import offline, results
+from orchestrator.experiment import Workspace
 from orchestrator.offline import read_order
 from orchestrator.registry import InputError
+from orchestrator.specs import key
 from orchestrator.store import Store
 
 FEW = ["forget_sets=random", "methods=finetune,random_within_tensor", "references=1", "seeds=0", "epochs=1", "lr=0.1"]
@@ -99,6 +101,39 @@ def test_other_labels_are_refused_and_other_pixels_have_keys_of_their_own(tmp_pa
     assert offline.main([*words, "--data", "label_noise=0.1"]) == 2
     assert offline.main([*words, "--data", "seed=1"]) == 2
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_composed_run_is_the_same_bit_for_bit_where_there_is_no_store(tmp_path: Path) -> None:
+    assignments = [
+        *("forget_sets=random", "references=1", "seeds=0", "training.epochs=1"),
+        *("methods=rum", "methods.rum.scores=confidence,holdout_retraining"),
+        *("methods.rum.stages=identity,finetune,random_labels", "methods.rum.stages.2.epochs=1"),
+        *("methods.rum.stages.3.strategy=gradient", "methods.rum.stages.3.granularity=param"),
+        *("methods.rum.stages.3.budget=0.5", "methods.rum.stages.3.epochs=1"),
+    ]
+    here = open_session(Options("digits", assignments, str(tmp_path / "here"), "none"))
+    with pytest.raises(InputError, match="method rum needs memorization scores that the store has not"):
+        _order(here)
+    workspace = Workspace(here.dataset, here.context)
+    for task in (*here.plan.rankings(), *here.plan.originals(), *here.plan.references(), *here.plan.runs()):
+        assert workspace.perform(task).error is None
+    there = open_session(Options("digits", assignments, str(tmp_path / "there"), "none"))
+    for task in there.plan.rankings():
+        for name in task.objects:
+            there.store.put(name, here.store.get(name))
+    order = tmp_path / "order.json"
+    order.write_text(json.dumps(_order(there)))
+    performed(order, tmp_path / "out", tmp_path / "scratch")
+    unpack(sorted((tmp_path / "out").glob("*.npz")), there.store.root)
+    keys = results.row_keys(here.store)
+    assert keys == results.row_keys(there.store)
+    assert len(keys) == 3
+    for name in keys:
+        content = f"outputs/{name}.safetensors"
+        assert here.store.get(content) == there.store.get(content)
+        assert results.get_row(here.store, name).metrics == results.get_row(there.store, name).metrics
+    by_scores = [results.get_outputs(here.store, key(task.spec))["retain"].logits for task in here.plan.runs()]
+    assert not np.array_equal(*by_scores), "another ranking, other parts"
 
 
 def test_damaged_parts_are_refused_before_anything_is_stored(tmp_path: Path) -> None:

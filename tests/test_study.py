@@ -33,6 +33,50 @@ def test_forget_sets_go_by_a_proxy_where_asked(digits: Study) -> None:
         override(digits, ["scores=confidense"])
 
 
+def test_every_stage_and_ranking_of_a_composed_method_is_an_axis() -> None:
+    study = override(
+        RECIPES["digits_rum"].function(),
+        ["methods=rum,rum_shuffled", "methods.rum.scores=campaign,entropy", "methods.rum.stages.2.lr=0.1,0.2,0.3"],
+    )
+    runs = [run for arm, run in study.runs(DATA) if arm == "rum"]
+    # rankings x fine-tuning's rates x SalUn's rates x forget sets x seeds
+    assert len(runs) == len({key(run) for run in runs}) == 2 * 3 * 2 * 2 * 3
+    assert [stage.method.name for stage in runs[0].stages] == ["identity", "finetune", "random_labels"]
+    assert {run.stages[1].method.options["lr"] for run in runs} == {0.1, 0.2, 0.3}
+    assert {run.stages[2].mask.budget for run in runs if run.stages[2].mask} == {0.5}
+    by = [run.memorization for run in runs]
+    assert {spec.proxy.name if isinstance(spec, StandInSpec) else None for spec in by} == {"entropy", None}
+    assert all(run.memorization is None for arm, run in study.runs(DATA) if arm == "rum_shuffled")
+    assert study.scores_used == ("campaign", "entropy")
+    random = override(study, ["forget_sets=random", "methods.rum.scores=entropy"])
+    assert random.scores_used == ("entropy",), "no campaign is needed"
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (["methods=rum"], None),
+        (["methods.rum.stages.4.lr=0.1"], "unknown field 'methods.rum.stages.4.lr'; allowed: stages.1|2|3.FIELD"),
+        (["methods.rum.stages.2.rate=0.1"], "unknown field 'methods.rum.stages.2.rate'"),
+        (["methods.rum.stages=finetune,nothing"], "unknown method 'nothing'"),
+        (["methods.rum.stages=finetune,retrain"], "method retrain cannot be a stage"),
+        (["methods.rum.scores=entropie"], "scores is 'entropie'; did you mean 'entropy'"),
+        (["methods.finetune.scores=entropy"], "method finetune does not go by memorization scores; those that do: rum"),
+        (["methods.finetune.stages=identity"], "method finetune has no stages; those that have: rum, rum_shuffled"),
+        (["methods.rum.stages.3.strategy=none"], "method random_labels has a budget but no strategy"),
+    ],
+)
+def test_bad_stages_are_answered_in_one_sentence(assignments: list[str], said: str | None) -> None:
+    study = RECIPES["digits_rum"].function()
+    if said is None:
+        override(study, assignments)
+        with pytest.raises(InputError, match="method rum needs stages"):
+            override(RECIPES["digits"].function(), assignments)
+        return
+    with pytest.raises(InputError, match=re.escape(said)):
+        override(study, assignments).runs(DATA)
+
+
 # ---- recipes -------------------------------------------------------------------------------------------------------
 
 
