@@ -243,8 +243,12 @@ def render(tables: Tables, sweep: str) -> list[Table]:
     ]
     found = contrasts(tables, sweep)
     if len(found):
-        title = "\nparts by campaign scores against parts by another ranking, paired; positive: the scores are better"
-        parts.append(_table(title, CONTRAST_HEADINGS, found, contrast_cells))
+        clear = found.filter(pl.col("p_holm") < 0.05)
+        title = (
+            f"\nparts by campaign scores against parts by another ranking: {len(clear)} of {len(found)} paired "
+            "differences are significant after Holm (positive: the scores are better; all are in the report)"
+        )
+        parts.append(_table(title, CONTRAST_HEADINGS, clear, contrast_cells))
     return parts
 
 

@@ -15,11 +15,12 @@ from orchestrator import results
 from orchestrator.data import Outputs
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
-from orchestrator.registry import InputError, canonical_json
+from orchestrator.registry import Added, InputError, canonical_json
 from orchestrator.results import TABLES, Attempt, Row, Sweep
 from orchestrator.specs import ScoresSpec, StandInSpec, key
 from orchestrator.store import Store
 from orchestrator.study import CAMPAIGN
+from orchestrator.unlearning import METHODS
 
 
 def export(store: Store) -> str:
@@ -93,9 +94,15 @@ def _spec_columns(spec: Mapping[str, Any]) -> dict[str, Any]:
         "learning_rate": method["options"].get("lr"),
         "seed": spec["seed"],
         "original_seed": spec["original_seed"],
-        "options": canonical_json(method["options"] | _mask_options(mask) | _composition(spec)),
+        "options": canonical_json(_added(method) | method["options"] | _mask_options(mask) | _composition(spec)),
         "memorization_key": _memorization_key(spec),
     }
+
+
+def _added(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a method's options that came after a release: a row from before them ran at these."""
+    declared = METHODS[method["name"]].options if method["name"] in METHODS else {}
+    return {name: option.default for name, option in declared.items() if option.has_mark(Added)}
 
 
 def _composition(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def run(
     if not isinstance(unlearned, nn.Module):
         raise TypeError(f"method {method.name} returned {type(unlearned).__name__}, not the unlearned model")
     measurements: dict[str, float] = {}
-    if "report" in entry.inputs:
+    if entry.inputs & {"report", "stages"}:
         retraining = training.epochs * max(1, len(splits.retain) // training.batch_size)
         measurements |= {"steps": sum(counts), "steps_ratio": sum(counts) / retraining}
     if mask is not None:

@@ -132,6 +132,9 @@ def test_a_composed_run_is_the_same_bit_for_bit_where_there_is_no_store(tmp_path
         content = f"outputs/{name}.safetensors"
         assert here.store.get(content) == there.store.get(content)
         assert results.get_row(here.store, name).metrics == results.get_row(there.store, name).metrics
+    counts = {results.get_row(here.store, key(task.spec)).measurements["steps"] for task in here.plan.runs()}
+    # an epoch each on what is then to be retained: 1080 and a third of 120, and 1080 with the last third's random labels
+    assert counts == {1120 // 128 + 1120 // 128}
     by_scores = [results.get_outputs(here.store, key(task.spec))["retain"].logits for task in here.plan.runs()]
     assert not np.array_equal(*by_scores), "another ranking, other parts"
 

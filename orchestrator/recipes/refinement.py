@@ -82,8 +82,8 @@ def digits_rum() -> Study:
     return replaced(
         digits(),
         recipe="digits_rum",
-        data=DataSource(name="digits", options={"label_noise": 0.05}),
         forget_sets=(ForgetSet(name="mixed_memorized", options={"count": 150}), ForgetSet(name="random")),
+        seeds=(0, 1, 2, 3, 4),
         methods=refined(epochs=(5, 5), batch_size=64, rates=(0.01, 0.1), final=0.01, weight_decay=0.0),
     )
 
