@@ -35,8 +35,13 @@ _MARKERS = ("o", "s", "^", "D")
 
 
 def score_distribution(tables: Tables, scores_key: str) -> Figure:
-    """Histogram of the memorization scores, flipped labels beside the others: stacks would mislead on log counts."""
-    scores = tables.memorization.filter(pl.col("scores_key") == scores_key)
+    """Histogram of the memorization scores of a scores key."""
+    kinds = tables.campaigns.filter(pl.col("scores_key") == scores_key)["estimator"].to_list()
+    return histogram(tables.memorization.filter(pl.col("scores_key") == scores_key), "".join(kinds))
+
+
+def histogram(scores: pl.DataFrame, estimator: str) -> Figure:
+    """Histogram of memorization scores, flipped labels beside the others: stacks would mislead on log counts."""
     flipped = scores["label"] != scores["true_label"]
     parts = [(scores.filter(~flipped), "given label is the true one", _COLOURS[0])]
     if flipped.any():
@@ -50,8 +55,7 @@ def score_distribution(tables: Tables, scores_key: str) -> Figure:
     axes.hist(counts, bins=bins, label=labels, color=[colour for _, _, colour in parts])
     axes.set_yscale("log")
     models = scores["num_in"][0] + scores["num_out"][0]
-    kinds = tables.campaigns.filter(pl.col("scores_key") == scores_key)["estimator"].to_list()
-    of = "probability of the label" if kinds == ["probability"] else "accuracy"
+    of = "probability of the label" if estimator == "probability" else "accuracy"
     axes.set_xlabel(f"memorization score ({of}: inside minus outside; {models} subset models)")
     axes.set_ylabel("training examples")
     axes.legend()

@@ -28,6 +28,8 @@ class Tables:
     proxies: pl.DataFrame
     examples: pl.DataFrame
     series: pl.DataFrame
+    costs: pl.DataFrame
+    workers: pl.DataFrame
 
 
 def load(folder: str | Path) -> Tables:

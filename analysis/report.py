@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from analysis import figures, paper, proxies, refinement, tables
+from analysis import costs, figures, paper, proxies, refinement, tables
 from analysis.load import Tables, load
 from orchestrator.registry import InputError
 
@@ -104,6 +104,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         "scores": [_scores(read, key) for key in _scores_of(read)],
         "proxies": _proxies(read),
         "refinement": None,
+        "costs": _costs(read),
         "failed": _failed(tables.failed_of_sweep(read, sweep)) if sweep else [],
         "export_id": read.export_id,
         "quality": None,
@@ -213,6 +214,23 @@ def _scores(read: Tables, key: str) -> dict[str, Any]:
         "distribution": _embed(figures.score_distribution(read, key)),
         "gallery": _embed(figures.gallery(read, key)),
         "num_shown": len(read.examples.filter(pl.col("scores_key") == key)),
+    }
+
+
+def _costs(read: Tables) -> dict[str, Any] | None:
+    found = costs.totals(read.costs.to_dicts(), read.workers.to_dicts())
+    if not found:
+        return None
+    workers = [
+        {"name": costs.worker_title(total), "lines": costs.worker_lines(total)}
+        for total in found
+        if total.is_campaign and total.workers
+    ]
+    return {
+        "columns": costs.HEADINGS,
+        "lines": [costs.cells(total) for total in found],
+        "worker_columns": costs.WORKER_HEADINGS,
+        "workers": workers,
     }
 
 

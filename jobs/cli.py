@@ -71,6 +71,7 @@ def memorize(
     recipe: Recipe,
     assignments: Assignments = None,
     storage: Storage = DEFAULT_STORAGE,
+    tracking_uri: TrackingUri = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0.0,
     address: Address = None,
@@ -94,7 +95,7 @@ def memorize(
 
     chosen = [*(assignments or ()), *([f"campaign.models={models}"] if models is not None else [])]
     job.run(
-        Options(recipe, chosen, storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run),
+        Options(recipe, chosen, storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run),
         job.Goal(models, target_se, target_split_half, budget_hours),
     )
 
@@ -124,6 +125,7 @@ def references(
     recipe: Recipe,
     assignments: Assignments = None,
     storage: Storage = DEFAULT_STORAGE,
+    tracking_uri: TrackingUri = None,
     workers: Workers = None,
     gpus_per_worker: GpusPerWorker = 0.0,
     address: Address = None,
@@ -135,7 +137,9 @@ def references(
     from jobs.session import Options
 
     job.run(
-        Options(recipe, assignments or (), storage, "none", workers, gpus_per_worker, address, plugin or (), dry_run)
+        Options(
+            recipe, assignments or (), storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run
+        )
     )
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from jobs import work
+from jobs import ledger, work
 from jobs.progress import console
 from jobs.session import Options, Session, open_session
 from orchestrator import plan as planning
@@ -62,7 +62,10 @@ def run(options: Options, goal: Goal = Goal()) -> None:
             work.prepare(session, cluster, lambda plan: plan.blocks(), cost)
     if not cost.failures:
         spec = session.study.scores_spec(session.dataset.fingerprint)
-        work.print_scores(planning.scores(session.store, spec, session.dataset))
+        summary = planning.scores(session.store, spec, session.dataset)
+        work.print_scores(summary)
+        if not cost.outcomes:
+            ledger.found(session, summary)
     work.conclude(cost)
 
 
@@ -107,7 +110,10 @@ def _rounds(
     session: Session, cluster: Cluster, goal: Goal, tally: Tally, most: int, begin: float, cost: work.Cost
 ) -> str:
     inputs = (session.dataset, session.context, work.device_of(cluster))
-    with Pool(cluster, Workspace, inputs) as pool:
+    stretch = ledger.stretch_of(session, tally.campaign, BLOCK_SIZE * tally.blocks)
+    book = ledger.Ledger(session, cluster, stretch, tally, most)
+    book.prepare()
+    with Pool(cluster, Workspace, inputs) as pool, work.keeping(book, cost, pool.usage.startup_seconds):
         console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s", highlight=False)
         while True:
             number = _round(cluster, goal, tally, most, begin)
@@ -117,7 +123,7 @@ def _rounds(
             work.perform(session, pool, session.plan.models(session.plan.missing(blocks)), cost)
             if cost.failures:
                 return "a model failed"
-            for _ in blocks:
+            while tally.blocks <= blocks[-1].block:  # those that the ledger has not read
                 tally.add()
             if reason := _enough(tally, goal, most, begin):
                 return reason

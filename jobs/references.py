@@ -15,6 +15,7 @@ def run(options: Options) -> None:
         work.print_plan(session)
         return
     missing = session.plan.missing(_wanted(session.plan))
+    work.note_found(session)
     cost = work.Cost(cached=len(_wanted(session.plan)) - len(missing))
     if missing:
         with work.cluster_of(session) as cluster:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from analysis import costs as analysis
 from jobs import work
 from jobs.progress import console
 from jobs.session import Options, existing_store, open_session
-from orchestrator import results
+from orchestrator import costs, results
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.store import Store
+
+_WIDTH = 110  # columns that the tables need; a narrower terminal wraps their lines
 
 
 def run(options: Options) -> None:
@@ -38,6 +42,11 @@ def run(options: Options) -> None:
         console.print(f"campaign {campaign[:8]}: {count} subset models", highlight=False)
     seconds = sum(results.get_row(store, name).provenance["seconds"] for name in present)
     console.print(f"{len(present)} runs, {seconds:.0f} s of training in them", highlight=False)
+    stretches = costs.get_stretches(store)
+    if stretches:
+        wide = Console(width=max(console.width, _WIDTH))
+        for table in analysis.render(analysis.totals(costs.cost_lines(stretches), costs.worker_lines(stretches))):
+            wide.print(table)
     for name, attempt in failed.items():
         kind = attempt.provenance.get("kind", "run")
         tries = f"{len(attempts[name])} {'try' if len(attempts[name]) == 1 else 'tries'}"

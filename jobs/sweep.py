@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from jobs import work
+from jobs.ledger import Ledger, stretch_of
 from jobs.progress import bars, console
 from jobs.session import Options, Session, open_session
 from orchestrator import export, results, tracking
-from orchestrator.experiment import Outcome, Task, Workspace
+from orchestrator.costs import Outcome
+from orchestrator.experiment import Task, Workspace
 from orchestrator.plan import Plan
 from orchestrator.pool import Cluster
 from orchestrator.results import Sweep
@@ -65,6 +67,7 @@ def sweep(session: Session) -> Done:
         present = results.row_keys(session.store)
         stored([name for name in arms if name in present])
         results.put_sweep(session.store, sweep)
+        work.note_found(session)
         if session.plan.missing(wanted):
             with work.cluster_of(session) as cluster:
                 _compute(session, cluster, cost, lambda outcome: stored([outcome.key]))
@@ -107,7 +110,7 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
     with bars({"runs": len(runs)}) as advance:
 
         def done(outcome: Outcome) -> None:
-            cost.outcomes.append(outcome)
+            cost.hear(outcome)
             advance("runs", 1)
             if outcome.error:
                 work.print_failure(outcome)
@@ -117,7 +120,8 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
         if runs:
             from orchestrator.sweep import run_trials  # Tune takes seconds to import
 
-            with work.deaths(session, done):
+            book = Ledger(session, cluster, stretch_of(session, None))
+            with work.keeping(book, cost), work.deaths(session, done):
                 run_trials(
                     Workspace.perform,
                     runs,

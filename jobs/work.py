@@ -14,10 +14,13 @@ from typing import Any
 import typer
 from rich.markup import escape
 
+from jobs import ledger
+from jobs.ledger import Ledger
 from jobs.progress import bars, console
 from jobs.session import Session
 from orchestrator import plan as planning
-from orchestrator.experiment import Outcome, Task, Workspace, memorization_scores, put_failure, scores_object
+from orchestrator.costs import Outcome
+from orchestrator.experiment import Task, Workspace, memorization_scores, put_failure, scores_object
 from orchestrator.plan import ScoresSummary
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
@@ -38,6 +41,13 @@ class Cost:
 
     outcomes: list[Outcome] = field(default_factory=list)
     cached: int = 0
+    ledger: Ledger | None = None  # of the stretch of work that is going on
+
+    def hear(self, outcome: Outcome) -> None:
+        """Take in what became of a task."""
+        self.outcomes.append(outcome)
+        if self.ledger is not None:
+            self.ledger.hear(outcome)
 
     @property
     def models(self) -> int:
@@ -84,16 +94,41 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     early += [task for task in tasks if task.kind in ("original", "proxies")]
     late = [[task for task in tasks if task.kind == kind] for kind in ("run", "localization")]
     bases, built = _by_base(late[1])
+    book = _ledger_of(session, cluster, early)
+    book.prepare()
     with Pool(cluster, Workspace, (session.dataset, session.context, device_of(cluster))) as pool:
         console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s")
-        perform(session, pool, early, cost)
+        with keeping(book, cost, pool.usage.startup_seconds):
+            perform(session, pool, early, cost)
         if any(task.kind == "model" for task in early):
             _print_utilisation(cost.outcomes, cluster.workers)
         if late[0] or late[1]:
             ensure_scores(session)
-            now = plan.against(session.store)
-            perform(session, pool, now.ready(late[0] + bases), cost)
-            perform(session, pool, now.ready(built), cost)
+            with keeping(_ledger_of(session, cluster, late[0] + late[1]), cost):
+                now = plan.against(session.store)
+                perform(session, pool, now.ready(late[0] + bases), cost)
+                perform(session, pool, now.ready(built), cost)
+
+
+def _ledger_of(session: Session, cluster: Cluster, tasks: Sequence[Task]) -> Ledger:
+    """What keeps the costs of these tasks: of a campaign, if there are models of one among them."""
+    if not any(task.kind == "model" for task in tasks):
+        return Ledger(session, cluster, ledger.stretch_of(session, None))
+    campaign = session.study.campaign_spec(session.dataset.fingerprint)
+    stretch = ledger.stretch_of(session, campaign, session.plan.campaign_counts()["done"])
+    tally = planning.Tally(session.store, campaign, session.dataset, session.study.campaign.estimator)
+    return Ledger(session, cluster, stretch, tally)
+
+
+@contextmanager
+def keeping(book: Ledger, cost: Cost, startup_seconds: float = 0.0) -> Iterator[None]:
+    """Keep a record of what is computed inside."""
+    with book.kept(startup_seconds):
+        cost.ledger = book
+        try:
+            yield
+        finally:
+            cost.ledger = None
 
 
 @contextmanager
@@ -134,7 +169,7 @@ def perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost
     with bars(totals) as advance:
 
         def done(outcome: Outcome) -> None:
-            cost.outcomes.append(outcome)
+            cost.hear(outcome)
             advance(NAMES[outcome.kind], 1)
             if outcome.error:
                 print_failure(outcome)
@@ -178,6 +213,12 @@ def ensure_scores(session: Session) -> ScoresSummary | None:
     None where no forget set needs any, or where a block is missing.
     """
     return campaign_scores(session) if session.plan.needs_scores else None
+
+
+def note_found(session: Session) -> None:
+    """Record where all of a campaign that is needed was in the store."""
+    if session.plan.needs_scores and not session.plan.missing(session.plan.blocks()):
+        ledger.found(session, ensure_scores(session))
 
 
 def campaign_scores(session: Session) -> ScoresSummary | None:

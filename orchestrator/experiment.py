@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import time
 import traceback
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator import pipeline, results
+from orchestrator.costs import Outcome
 from orchestrator.data import Dataset, Splits
 from orchestrator.localization import Scores, rank
 from orchestrator.memorization import BLOCK_SIZE, block_membership
@@ -115,21 +117,6 @@ def parts_of(campaign: str, block: int) -> str:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a task: seconds in training and prediction, wall and CPU seconds in all, its error."""
-
-    kind: Kind
-    key: str
-    models: int
-    training_seconds: float
-    seconds: float
-    cpu_seconds: float
-    began: float  # seconds since 1970
-    error: str | None = None
-    label: str = ""
-
-
-@dataclass(frozen=True)
 class Context:
     """What a worker needs to know; the data set travels beside it."""
 
@@ -150,6 +137,7 @@ class Workspace:
         self.context = context
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._training_seconds = 0.0
+        self._host, self._name = socket.gethostname(), secrets.token_hex(4)  # a pid may be another's in a container
 
     def perform(self, task: Task) -> Outcome:
         """Compute a task and put the result into the store; a failure becomes an attempt there and an Outcome."""
@@ -164,7 +152,19 @@ class Workspace:
                 self._forget_all()  # what failed may have left them changed
                 put_failure(self.store, task, error, traceback.format_exc())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Outcome(task.kind, key(task.spec), models, self._training_seconds, wall, cpu, began, error, task.label)
+        return Outcome(
+            task.kind,
+            key(task.spec),
+            models,
+            self._training_seconds,
+            wall,
+            cpu,
+            began,
+            error,
+            task.label,
+            self._host,
+            self._name,
+        )
 
     def _forget_all(self) -> None:
         """Drop what was cut from the data set and loaded from the store; it is cut and loaded anew."""

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from orchestrator import results
+from orchestrator import costs, results
 from orchestrator.data import Outputs
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
@@ -50,6 +50,9 @@ def export(store: Store) -> str:
     tables["memorization"] = _scores_table(store, "memorization", ".parquet")
     tables["campaigns"] = pa.Table.from_pylist(list(campaign_lines(store)), schema=TABLES["campaigns"])
     tables["proxies"] = _proxies_table(store)
+    stretches = costs.get_stretches(store)
+    tables["costs"] = pa.Table.from_pylist(list(costs.cost_lines(stretches)), schema=TABLES["costs"])
+    tables["workers"] = pa.Table.from_pylist(list(costs.worker_lines(stretches)), schema=TABLES["workers"])
     tables["examples"] = _scores_table(store, "examples", ".examples.parquet")
     for name, table in tables.items():
         results.put_table(store, f"exports/{name}.parquet", table, footer)

@@ -17,9 +17,11 @@ import safetensors.numpy
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from orchestrator import costs
 from orchestrator.data import Outputs, SplitOutputs
 from orchestrator.pipeline import REFERENCE, Layer
 from orchestrator.registry import InputError, canonical_json
+from orchestrator.sealed import seal, unseal
 from orchestrator.specs import ForgetSpec, Setting, key
 from orchestrator.store import Store
 
@@ -121,6 +123,7 @@ TABLES: Mapping[str, pa.Schema] = {
             ("epoch", _I, False),
             ("value", _F, False),
         ],
+        **costs.COLUMNS,
     }.items()
 }
 """The exported tables: name -> schema. `runs` has one line per run, references and identity included; a failed run
@@ -199,35 +202,15 @@ def sweep_key(recipe: str, members: Iterable[Member]) -> str:
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 
 
-# ---- JSON with a checksum ------------------------------------------------------------------------------------------
-
-
-def _seal(body: Mapping[str, Any]) -> bytes:
-    text = canonical_json(body)
-    return json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "body": body}, allow_nan=False).encode()
-
-
-def _open(store: Store, name: str) -> dict[str, Any]:
-    content = store.get(name)
-    try:
-        sealed = json.loads(content)
-        body: dict[str, Any] = sealed["body"]
-        if hashlib.sha256(canonical_json(body).encode()).hexdigest() == sealed["sha256"]:
-            return body
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise InputError(
-        f"{store.url(name)} is damaged: {len(content)} bytes that do not match their checksum; "
-        "remove it and run its sweep again, which computes it anew and keeps everything else"
-    )
+# ---- rows, attempts and sweeps ---------------------------------------------------------------------------------------
 
 
 def put_row(store: Store, row: Row) -> None:
-    store.put(f"rows/{row.key}.json", _seal(asdict(row)))
+    store.put(f"rows/{row.key}.json", seal(asdict(row)))
 
 
 def get_row(store: Store, key: str) -> Row:
-    body = _open(store, f"rows/{key}.json")
+    body = unseal(store, f"rows/{key}.json")
     layers = tuple(Layer(**layer) for layer in body.pop("layers"))
     return Row(**body, layers=layers)
 
@@ -235,14 +218,14 @@ def get_row(store: Store, key: str) -> Row:
 def get_later_metrics(store: Store, key: str) -> dict[str, dict[str, Mapping[str, float]]]:
     """Metrics of a run that were computed after its row: name -> version -> split -> value. Lost ones are none."""
     try:
-        found: dict[str, dict[str, Mapping[str, float]]] = _open(store, f"metrics/{key}.json")
+        found: dict[str, dict[str, Mapping[str, float]]] = unseal(store, f"metrics/{key}.json")
     except (FileNotFoundError, InputError):
         return {}
     return found
 
 
 def put_later_metrics(store: Store, key: str, metrics: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    store.put(f"metrics/{key}.json", _seal(dict(metrics)))
+    store.put(f"metrics/{key}.json", seal(dict(metrics)))
 
 
 def row_keys(store: Store) -> set[str]:
@@ -253,7 +236,7 @@ def put_attempt(store: Store, attempt: Attempt) -> None:
     """Keep a failed try beside the earlier ones of the same run."""
     earlier = [int(name.removesuffix(".json")) for name in store.names(f"attempts/{attempt.key}")]
     number = max(earlier, default=-1) + 1
-    store.put(f"attempts/{attempt.key}/{number}.json", _seal(asdict(attempt)))
+    store.put(f"attempts/{attempt.key}/{number}.json", seal(asdict(attempt)))
 
 
 def get_attempts(store: Store) -> dict[str, list[Attempt]]:
@@ -261,18 +244,18 @@ def get_attempts(store: Store) -> dict[str, list[Attempt]]:
     attempts: dict[str, list[Attempt]] = {}
     names = store.names("attempts")
     for name in sorted(names, key=lambda n: (n.partition("/")[0], int(n.partition("/")[2].removesuffix(".json")))):
-        attempts.setdefault(name.partition("/")[0], []).append(Attempt(**_open(store, f"attempts/{name}")))
+        attempts.setdefault(name.partition("/")[0], []).append(Attempt(**unseal(store, f"attempts/{name}")))
     return attempts
 
 
 def put_sweep(store: Store, sweep: Sweep) -> None:
-    store.put(f"sweeps/{sweep.key}.json", _seal(asdict(sweep)))
+    store.put(f"sweeps/{sweep.key}.json", seal(asdict(sweep)))
 
 
 def get_sweep(store: Store, key: str) -> Sweep | None:
     """A stored sweep; None where there is none."""
     try:
-        body = _open(store, f"sweeps/{key}.json")
+        body = unseal(store, f"sweeps/{key}.json")
     except FileNotFoundError:
         return None
     members = tuple(Member(**member) for member in body.pop("members"))

@@ -1,4 +1,4 @@
-"""MLflow: rows become runs under one parent per sweep. Idempotent, replayable, and never in a sweep's way."""
+"""MLflow: a sweep's rows become runs under one parent, a campaign one run. Idempotent, replayable, never in the way."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import logging
 import os
 import queue
+import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.costs import Point, Stretch
 from orchestrator.registry import InputError, canonical_json
 from orchestrator.results import Row, Sweep
 from orchestrator.store import Store
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "unlearn"
 SWEEP_TAG, KEY_TAG, KIND_TAG = "unlearn.sweep", "unlearn.key", "unlearn.kind"
+CAMPAIGN_TAG, SCORES_TAG, GATE_TAG = "unlearn.campaign", "unlearn.scores", "unlearn.gate"
 _QUEUE_SIZE = 10_000
 
 _ENVIRONMENT = {
@@ -116,6 +121,87 @@ class Tracker:
         self.client.set_terminated(self._parent, status)
 
 
+@dataclass
+class CampaignTracker:
+    """Writes one campaign to MLflow: a single run, known by the campaign's key, that goes on as the campaign grows."""
+
+    client: MlflowClient
+    experiment_id: str
+    stretch: Stretch
+    _run: str = ""
+
+    def start(self) -> None:
+        """Find the campaign's run, or make it."""
+        from mlflow.entities import Param
+
+        campaign = self.stretch.campaign
+        found = next(_search(self.client, self.experiment_id, f"tags.`{CAMPAIGN_TAG}` = '{campaign}'"), None)
+        if found is None:
+            recipe = self.stretch.recipe
+            tags = {
+                CAMPAIGN_TAG: str(campaign),
+                KIND_TAG: "campaign",
+                "unlearn.recipe": recipe,
+                "mlflow.runName": f"{recipe} campaign {str(campaign)[:8]}",
+                "mlflow.note.content": "Subset models of one memorization estimate; a step is the number of models.",
+            }
+            begin = int(self.stretch.created * 1000)
+            found = self.client.create_run(self.experiment_id, start_time=begin, tags=tags)
+        else:
+            self.client.update_run(found.info.run_id, status="RUNNING")
+        self._run = found.info.run_id
+        known = found.data.params
+        params = [Param(n, str(v)) for n, v in campaign_params(self.stretch).items() if n not in known]
+        if params:
+            self.client.log_batch(self._run, params=params)
+
+    def write(self, points: Sequence[Point]) -> None:
+        """Write points; MLflow keeps one that it has already as it is, since moment, step and value are the same."""
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, int(point.time * 1000), point.models)
+            for point in points
+            for name, value in point.values.items()
+        ]
+        self.client.log_batch(self._run, metrics=metrics)
+
+    def num_points(self) -> int:
+        """How many points MLflow holds."""
+        return len(self.client.get_metric_history(self._run, POINT_METRIC))
+
+    def finish(self, stretch: Stretch, artifacts: Mapping[str, bytes]) -> None:
+        """Say what the campaign came to and end the run, with files of these names attached to it."""
+        if stretch.scores_key is not None:
+            self.client.set_tag(self._run, SCORES_TAG, stretch.scores_key)
+            self.client.set_tag(self._run, GATE_TAG, "passed" if stretch.passes_gate else "failed")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in artifacts.items():
+                (Path(folder) / name).write_bytes(content)
+                self.client.log_artifact(self._run, str(Path(folder) / name))
+        status = {"finished": "FINISHED", "failed": "FAILED"}.get(stretch.status, "KILLED")
+        self.client.set_terminated(self._run, status, end_time=int(stretch.ended * 1000))
+
+
+POINT_METRIC = "device_hours"  # every point of a campaign has it
+
+
+def campaign_params(stretch: Stretch) -> dict[str, object]:
+    """A campaign's parameters by MLflow name."""
+    spec = stretch.spec or {}
+    setting = spec["setting"]
+    return {
+        "recipe": stretch.recipe,
+        "data": stretch.data,
+        "fingerprint": setting["data"],
+        "model": setting["model"]["name"],
+        **{f"model.{name}": value for name, value in setting["model"]["options"].items()},
+        **{f"training.{name}": value for name, value in setting["training"].items()},
+        "fraction": spec["fraction"],
+        "seed": spec["seed"],
+    }
+
+
 def flat_params(row: Row, arm: str) -> dict[str, str | int | float | bool]:
     """A row's parameters by MLflow name; what is absent is left out."""
     spec, mask = row.spec, row.spec["mask"] or {}
@@ -153,6 +239,22 @@ _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databric
 
 def connect(uri: str, store: Store, sweep: Sweep) -> Tracker:
     """A tracker for a sweep; raises InputError at once where MLflow does not answer at the URI."""
+    with _answering(uri):
+        tracker = Tracker(*_experiment(uri, store), sweep)
+        tracker.start()
+    return tracker
+
+
+def connect_campaign(uri: str, store: Store, stretch: Stretch) -> CampaignTracker:
+    """A tracker for the campaign of a stretch of work; raises InputError at once where MLflow does not answer."""
+    with _answering(uri):
+        tracker = CampaignTracker(*_experiment(uri, store), stretch)
+        tracker.start()
+    return tracker
+
+
+def _experiment(uri: str, store: Store) -> tuple[MlflowClient, str]:
+    """A client, and the id of our experiment there, made where it is missing."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -160,31 +262,36 @@ def connect(uri: str, store: Store, sweep: Sweep) -> Tracker:
     from mlflow.exceptions import MlflowException
 
     artifacts = f"file://{store.path('mlflow-artifacts')}" if uri.startswith("sqlite:") and store.is_local else None
-    try:
-        client = MlflowClient(tracking_uri=uri)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
+        with contextlib.suppress(MlflowException):  # another command may make it at the same time
+            client.create_experiment(EXPERIMENT, artifact_location=artifacts)
         experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            with contextlib.suppress(MlflowException):  # another command may make it at the same time
-                client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-            experiment = client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None or experiment.lifecycle_stage != "active":
-            raise InputError(
-                f"the MLflow experiment {EXPERIMENT!r} at {uri} is deleted; restore it, or use another server"
-            )
-        tracker = Tracker(client, experiment.experiment_id, sweep)
-        tracker.start()
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise InputError(f"the MLflow experiment {EXPERIMENT!r} at {uri} is deleted; restore it, or use another server")
+    return client, experiment.experiment_id
+
+
+@contextlib.contextmanager
+def _answering(uri: str) -> Iterator[None]:
+    """Say in one sentence that MLflow does not answer at the URI."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # mlflow raises whatever its store raises (sqlalchemy, requests, its own)
-        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0][:200]
         scheme = uri.partition(":")[0]
         if "://" in uri and scheme.partition("+")[0] not in _SCHEMES:
             raise InputError(f"--tracking-uri is {uri!r}; allowed: {', '.join(_SCHEMES)} addresses, or none") from None
         raise InputError(
-            f"MLflow does not answer at {uri!r}: {reason}; start `mlflow server` there, or use --tracking-uri none "
-            "and `unlearn track` later"
+            f"MLflow does not answer at {uri!r}: {_reason(error)}; start `mlflow server` there, or use "
+            "--tracking-uri none and `unlearn track` later"
         ) from None
-    return tracker
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n", 1)[0][:200]
 
 
 def _search(client: MlflowClient, experiment_id: str, filter_string: str) -> Iterator[Any]:
@@ -197,47 +304,73 @@ def _search(client: MlflowClient, experiment_id: str, filter_string: str) -> Ite
             return
 
 
-class LiveTracking:
-    """Writes rows in a thread of its own: a slow or lost server never holds a sweep up; what is lost, `unlearn track`
-    brings later. Rows that do not fit the bounded queue, or fail, are counted in `missed`."""
+class Writer:
+    """Writes to MLflow in a thread of its own: a slow or lost server never holds a command up; what is lost, `unlearn
+    track` brings later. What does not fit the bounded queue, or fails, is counted in `missed`."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker, self.missed, self.error = tracker, 0, ""
-        self._rows: queue.Queue[tuple[Row, str] | None] = queue.Queue(_QUEUE_SIZE)
+    def __init__(self) -> None:
+        self.missed, self.error = 0, ""
+        self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue(_QUEUE_SIZE)
         self._thread = threading.Thread(target=self._drain, name="mlflow", daemon=True)
         self._thread.start()
 
-    def put(self, row: Row, arm: str) -> None:
+    def submit(self, write: Callable[[], object]) -> None:
+        """Have something written; returns at once."""
         try:
-            self._rows.put_nowait((row, arm))
+            self._waiting.put_nowait(write)
         except queue.Full:
             self.missed += 1
 
     def _drain(self) -> None:
         failures = 0
-        while (item := self._rows.get()) is not None:
+        while (write := self._waiting.get()) is not None:
             if failures >= 3:  # the server is gone: what is left waits for `unlearn track`
                 self.missed += 1
                 continue
-            try:
-                self.tracker.write(*item)
-                failures = 0
-            except Exception as error:  # tracking never fails a sweep
-                failures += 1
-                self.missed += 1
-                self.error = str(error).strip().split("\n", 1)[0][:200]
+            failures = 0 if self._try(write) else failures + 1
+
+    def _try(self, write: Callable[[], object]) -> bool:
+        try:
+            write()
+        except Exception as error:  # tracking never fails a command
+            self.missed += 1
+            self.error = _reason(error)
+            return False
+        return True
+
+    def end(self, last: Callable[[], object]) -> None:
+        """Write what is queued, then what comes last."""
+        self._waiting.put(None)
+        self._thread.join()
+        self._try(last)
+
+
+class LiveTracking(Writer):
+    """A sweep's rows, written as they come."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+    def put(self, row: Row, arm: str) -> None:
+        self.submit(partial(self.tracker.write, row, arm))
 
     def close(self, status: str, artifacts: Iterable[str] = ()) -> None:
         """Write what is queued, then end the parent run."""
-        self._rows.put(None)
-        self._thread.join()
-        try:
-            self.tracker.finish(status, artifacts)
-        except Exception as error:  # as above
-            self.missed += 1
-            self.error = str(error).strip().split("\n", 1)[0][:200]
+        self.end(partial(self.tracker.finish, status, artifacts))
 
 
 def replay(tracker: Tracker, rows: Iterable[Row], arms: Mapping[str, str]) -> int:
     """Write the rows that MLflow lacks; returns how many."""
     return sum(tracker.write(row, arms[row.key]) for row in rows)
+
+
+def replay_campaign(
+    tracker: CampaignTracker, stretches: Iterable[Stretch], ended: Stretch, artifacts: Mapping[str, bytes]
+) -> int:
+    """Write a campaign's points that MLflow lacks, and how it `ended`; returns how many points were new."""
+    before = tracker.num_points()
+    for stretch in stretches:
+        tracker.write(stretch.points)
+    tracker.finish(ended, artifacts)
+    return tracker.num_points() - before

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from mlflow import MlflowClient
 
 from tests.commands import ROOT, command, rows, run
 
@@ -29,7 +30,22 @@ def test_a_termination_signal_exits_130_and_the_next_command_goes_on(tmp_path: P
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "interrupted; what is finished is kept" in errors
+    assert campaign_status(store) == "KILLED"
     assert run(*words).returncode == 0
+    assert campaign_status(store) == "FINISHED"
+    shown = run("status", "--storage", str(store)).stdout
+    line = re.search(r"campaign [0-9a-f]{8} \(digits\) +(\d+) +(\d+) ", shown)
+    assert line is not None, shown
+    assert int(line[1]) + int(line[2]) >= 40
+    assert "workers of campaign" in shown
+
+
+def campaign_status(store: Path) -> str:
+    """What MLflow says of the one run that it holds, a campaign's."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}/mlflow.db")
+    (found,) = client.search_runs(["1"])
+    assert found.data.tags["unlearn.kind"] == "campaign"
+    return str(found.info.status)
 
 
 def test_a_run_that_fails_leaves_an_attempt_and_exit_code_1_and_is_tried_again(tmp_path: Path) -> None:
@@ -126,6 +142,7 @@ BAD = {
     "no client server": ["memorize", "digits", "--address", "ray://127.0.0.1:9"],
     "bucket": ["memorize", "digits", "--storage", "gs://bucket/store"],
     "mlflow": ["sweep", "digits", "--tracking-uri", "http://127.0.0.1:9"],
+    "mlflow of a campaign": ["memorize", "digits", "--tracking-uri", "http://127.0.0.1:9", "--workers", "1"],
     "cluster": ["memorize", "digits", "--address", "http://127.0.0.1:9"],
     "batch": ["memorize", "digits", "--set", "training.batch_size=5000"],
     "catalogue": ["list", "methodes"],
@@ -218,7 +235,7 @@ def test_the_method_that_the_readme_shows_runs_as_shown(tmp_path: Path) -> None:
 
 
 def test_a_campaign_grows_to_its_target_and_equals_one_asked_for_at_once(tmp_path: Path) -> None:
-    words = ["memorize", "digits", "--set", "training.epochs=1", "--workers", "2"]
+    words = ["memorize", "digits", "--set", "training.epochs=1", "--workers", "2", "--tracking-uri", "none"]
     grown, whole = tmp_path / "grown", tmp_path / "whole"
     target = ["--target-se", "0.12", "--models", "200"]
     first = run(*words, *target, "--storage", str(grown))

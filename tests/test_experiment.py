@@ -13,8 +13,9 @@ from torch import nn
 
 from orchestrator import export, results
 from orchestrator import plan as planning
+from orchestrator.costs import Outcome
 from orchestrator.data import DATASETS, Dataset, Examples, Outputs
-from orchestrator.experiment import Context, Outcome, Task, Workspace, memorization_scores, parts_of, scores_object
+from orchestrator.experiment import Context, Task, Workspace, memorization_scores, parts_of, scores_object
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import METRICS
 from orchestrator.plan import Plan

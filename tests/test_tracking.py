@@ -191,7 +191,7 @@ def test_a_server_lost_after_the_start_costs_only_what_it_missed(
     address, process = server
     live = LiveTracking(connect(address, store, SWEEP))
     live.put(ROWS[0], "del")
-    while live._rows.unfinished_tasks and not live._rows.empty():
+    while live._waiting.unfinished_tasks and not live._waiting.empty():
         time.sleep(0.05)
     time.sleep(1)
     os.killpg(process.pid, 9)
