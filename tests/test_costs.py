@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from analysis import costs as analysis
+from analysis import report
 from jobs import ledger, track
 from jobs.ledger import Ledger
 from jobs.session import Options, Session, open_session
@@ -27,6 +29,7 @@ from orchestrator.pool import Cluster
 from orchestrator.registry import InputError
 from orchestrator.seeds import numpy_generator
 from orchestrator.store import Store
+from tests.analysis.made import Made
 
 EPOCH = 1.8e9
 
@@ -137,6 +140,19 @@ def test_totals_are_sums_over_stretches_by_campaign_and_worker() -> None:
     }
     assert whole.utilisation == pytest.approx(35.2 / 50)
     assert (rest.is_campaign, rest.trained, rest.per_hour) == (False, 2, 400)
+
+
+def test_the_report_says_it_from_the_exported_tables(tmp_path: Path) -> None:
+    made, parts = Made(), [stretch(BY_HAND, 2, cached=3, cached_seconds=3600.0), stretch(BY_HAND[:1], 2, name="2")]
+    made.lines["costs"], made.lines["workers"] = list(costs.cost_lines(parts)), list(costs.worker_lines(parts))
+    text = report.write(made.write(tmp_path), tmp_path / "report.html").read_text()
+    part = text[text.index("What it cost") : text.index("How it was measured")]
+    section = " ".join(re.sub("<[^>]+>", " ", part).split())
+    # 30 seconds, 5 models, (16.2 + 10 + 9) of 60 worker-seconds in training
+    assert "campaign cccccccc (digits) 5 3 600 58.7% 0.0% 41.3% 0.00978 CPU 1" in section
+    assert "a 0 3 25.2 2.8 2.0 84.0%" in section
+    assert "b 0 2 10.0 3.0 7.0 50.0%" in section
+    assert "never answered 0 0 0.0 0.0 10.0 0.0%" in section
 
 
 # ---- a campaign as it is computed ----------------------------------------------------------------------------------

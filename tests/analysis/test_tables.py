@@ -105,7 +105,7 @@ def export(tmp_path: Path) -> Path:
         for p, n in (("conv1.weight", 40), ("head.weight", 18))
     ]
     write_table(tmp_path, "layers", layers)
-    for name in ("series", "campaigns", "proxies"):
+    for name in [name for name in TABLES if not (tmp_path / f"{name}.parquet").exists()]:
         write_table(tmp_path, name, [])
     write_table(tmp_path, "memorization", [score_line(index) for index in range(40)])
     shown = [
