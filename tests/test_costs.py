@@ -74,6 +74,10 @@ def test_a_worker_that_took_over_is_the_same_one_and_seconds_are_those_worked_by
     assert costs.progress(found, [])["share_outside_training"] == pytest.approx(1 - 0.655)
     running = replace(found, status="running")
     assert running.utilisations == pytest.approx([16.2 / 18, 0.5]), "the first is busy with another by now"
+    half = replace(found, devices_per_worker=0.5, cached_seconds=7200.0)
+    hours = costs.progress(half, [found])
+    assert hours["device_hours"] == pytest.approx(1.5 * 26.2 / 3600)
+    assert hours["device_hours_saved"] == 1.0
 
 
 def test_a_worker_that_never_came_back_with_anything_was_idle_all_the_time() -> None:
