@@ -133,7 +133,7 @@ def test_a_composed_run_is_the_same_bit_for_bit_where_there_is_no_store(tmp_path
         assert here.store.get(content) == there.store.get(content)
         assert results.get_row(here.store, name).metrics == results.get_row(there.store, name).metrics
     counts = {results.get_row(here.store, key(task.spec)).measurements["steps"] for task in here.plan.runs()}
-    # an epoch each on what is then to be retained: 1080 and a third of 120, and 1080 with the last third's random labels
+    # an epoch each: on 1080 retained and the 40 still to come, and on 1080 with the last 40 under random labels
     assert counts == {1120 // 128 + 1120 // 128}
     by_scores = [results.get_outputs(here.store, key(task.spec))["retain"].logits for task in here.plan.runs()]
     assert not np.array_equal(*by_scores), "another ranking, other parts"
