@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,6 +37,10 @@ Workers = Annotated[
     int | None, typer.Option(min=1, help="Workers, one core each. Default: as many as there are cores.")
 ]
 GpusPerWorker = Annotated[float, typer.Option(min=0, help="Share of a GPU that each worker takes; 0 trains on CPUs.")]
+Compile = Annotated[
+    Literal["off", "on", "auto"],
+    typer.Option(help="Compile subset models; `auto`: on GPUs, for ten or more a worker. Results say which it was."),
+]
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster to use. Default: RAY_ADDRESS, else a Ray of our own on this machine.")
 ]
@@ -77,6 +81,7 @@ def memorize(
     address: Address = None,
     plugin: Plugins = None,
     dry_run: DryRun = False,
+    compile: Compile = "auto",
     models: Annotated[
         int | None, typer.Option(min=10, help="Subset models, a multiple of ten; with a target: at most.")
     ] = None,
@@ -95,7 +100,18 @@ def memorize(
 
     chosen = [*(assignments or ()), *([f"campaign.models={models}"] if models is not None else [])]
     job.run(
-        Options(recipe, chosen, storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run),
+        Options(
+            recipe,
+            chosen,
+            storage,
+            tracking_uri,
+            workers,
+            gpus_per_worker,
+            address,
+            plugin or (),
+            dry_run,
+            compile,
+        ),
         job.Goal(models, target_se, target_split_half, budget_hours),
     )
 
@@ -131,6 +147,7 @@ def references(
     address: Address = None,
     plugin: Plugins = None,
     dry_run: DryRun = False,
+    compile: Compile = "auto",
 ) -> None:
     """Train originals, and the references retrained without each forget set."""
     from jobs import references as job
@@ -138,7 +155,16 @@ def references(
 
     job.run(
         Options(
-            recipe, assignments or (), storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run
+            recipe,
+            assignments or (),
+            storage,
+            tracking_uri,
+            workers,
+            gpus_per_worker,
+            address,
+            plugin or (),
+            dry_run,
+            compile,
         )
     )
 
@@ -154,6 +180,7 @@ def sweep(
     address: Address = None,
     plugin: Plugins = None,
     dry_run: DryRun = False,
+    compile: Compile = "auto",
 ) -> None:
     """Run every method, budget and rate of a recipe with Ray Tune, training first what the runs depend on."""
     from jobs import sweep as job
@@ -161,7 +188,16 @@ def sweep(
 
     job.run(
         Options(
-            recipe, assignments or (), storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run
+            recipe,
+            assignments or (),
+            storage,
+            tracking_uri,
+            workers,
+            gpus_per_worker,
+            address,
+            plugin or (),
+            dry_run,
+            compile,
         )
     )
 

@@ -109,7 +109,7 @@ def _enough(tally: Tally, goal: Goal, most: int, begin: float) -> str | None:
 def _rounds(
     session: Session, cluster: Cluster, goal: Goal, tally: Tally, most: int, begin: float, cost: work.Cost
 ) -> str:
-    inputs = (session.dataset, session.context, work.device_of(cluster))
+    inputs = work.inputs_of(session, cluster, BLOCK_SIZE * (most - tally.blocks))
     stretch = ledger.stretch_of(session, tally.campaign, BLOCK_SIZE * tally.blocks)
     book = ledger.Ledger(session, cluster, stretch, tally, most)
     book.prepare()

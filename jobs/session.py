@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from orchestrator import plan as planning
 from orchestrator.data import Dataset
@@ -17,6 +18,9 @@ from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError, Plugin, load_plugin, read_plugin
 from orchestrator.store import Store
 from orchestrator.study import Study
+
+Compile = Literal["off", "on", "auto"]
+"""Whether subset models are compiled; never part of what is computed, but of `numerics`."""
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a Ray job
 
@@ -34,6 +38,7 @@ class Options:
     address: str | None = None
     plugins: Sequence[str] = ()
     dry_run: bool = False
+    compile: Compile = "auto"
 
 
 @dataclass(frozen=True)

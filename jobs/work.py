@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import typer
@@ -19,8 +19,10 @@ from jobs.ledger import Ledger
 from jobs.progress import bars, console
 from jobs.session import Session
 from orchestrator import plan as planning
+from orchestrator.compiled import pays
 from orchestrator.costs import Outcome
-from orchestrator.experiment import Task, Workspace, memorization_scores, put_failure, scores_object
+from orchestrator.data import Dataset
+from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
 from orchestrator.plan import ScoresSummary
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
@@ -80,6 +82,13 @@ def device_of(cluster: Cluster) -> str:
     return "cuda" if cluster.gpus_per_worker > 0 else "cpu"
 
 
+def inputs_of(session: Session, cluster: Cluster, models: int) -> tuple[Dataset, Context, str]:
+    """What a Workspace is made of, for a command that trains so many subset models."""
+    device, asked = device_of(cluster), session.options.compile
+    is_compiled = pays(device, models, cluster.workers) if asked == "auto" else asked == "on"
+    return session.dataset, replace(session.context, compiled=is_compiled), device
+
+
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -96,7 +105,8 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     bases, built = _by_base(late[1])
     book = _ledger_of(session, cluster, early)
     book.prepare()
-    with Pool(cluster, Workspace, (session.dataset, session.context, device_of(cluster))) as pool:
+    inputs = inputs_of(session, cluster, sum(task.kind == "model" for task in early))
+    with Pool(cluster, Workspace, inputs) as pool:
         console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s")
         with keeping(book, cost, pool.usage.startup_seconds):
             perform(session, pool, early, cost)

@@ -124,6 +124,7 @@ class Context:
     plugins: tuple[Plugin, ...] = ()
     data: str = ""
     git_commit: str | None = None
+    compiled: bool = False  # subset models; see pipeline.Lab
 
 
 class Workspace:
@@ -132,7 +133,7 @@ class Workspace:
     def __init__(self, dataset: Dataset, context: Context, device: str = "cpu") -> None:
         for plugin in context.plugins:
             load_plugin(plugin)
-        self.lab = Lab(dataset, device)
+        self.lab = Lab(dataset, device, context.compiled)
         self.store = context.store
         self.context = context
         self._kept: OrderedDict[str, Any] = OrderedDict()
@@ -200,7 +201,7 @@ class Workspace:
                     fraction=spec.fraction,
                     stream=generator(spec.seed, "subset model", task.block, task.member),
                 )
-            metadata = {"host": socket.gethostname(), "numerics": self.lab.numerics}
+            metadata = {"host": socket.gethostname(), "numerics": self.lab.subset_numerics}
             self.store.put(task.object_name, results.pack(arrays, metadata))
             trained = 1
         if self.store.exists(whole):  # another driver on this store was faster

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from orchestrator.compiled import Reused
 from orchestrator.data import Dataset, Examples, Outputs, SplitOutputs, Splits
 from orchestrator.localization import Scores, localize
 from orchestrator.models import Factory, factory
@@ -23,7 +24,7 @@ from orchestrator.proxies import PROXIES, Watcher
 from orchestrator.registry import Choice
 from orchestrator.seeds import generator
 from orchestrator.stages import PlainStage, performer
-from orchestrator.training import Mask, Training, clone, fit, predict
+from orchestrator.training import Mask, Objective, Training, clone, cross_entropy, fit, predict
 from orchestrator.unlearning import METHODS
 
 
@@ -40,11 +41,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Lab:
-    """A data set on a device, with what is cut from it kept: training, test and forget examples."""
+    """A data set on a device, with what is cut from it kept: training, test and forget examples.
+
+    `compiled`: subset models are trained through one compiled model, which is kept too. All else is eager.
+    """
 
     dataset: Dataset
     device: str = "cpu"
+    compiled: bool = False
     _kept: dict[str, Examples] = field(default_factory=dict)
+    _reused: dict[str, Reused] = field(default_factory=dict)
 
     def examples(self, split: str) -> Examples:
         if split not in self._kept:
@@ -59,11 +65,30 @@ class Lab:
         make = factory(model.name, model.options, self.dataset.image_shape, self.dataset.num_classes)
         return lambda stream: make(stream).to(self.device)
 
+    def subset_model(self, model: Choice, training: Training, stream: torch.Generator) -> tuple[nn.Module, Objective]:
+        """A new model for a subset, and the loss to train it by; compiled, it is the same object each time."""
+        made = self.fresh(model)(stream)
+        if not self.compiled:
+            return made, cross_entropy
+        kind = f"{model.name} {dict(model.options)} {training.batch_size} {training.precision}"
+        if kind not in self._reused:
+            self._reused.clear()
+            self._reused[kind] = Reused(clone(made), training, self.examples("train"))
+        return self._reused[kind].loaded(made), self._reused[kind].objective
+
     @property
     def numerics(self) -> str:
         """What equality of results is conditional on: device, CPU capability, torch version, compile mode."""
+        return self._numerics("eager")
+
+    @property
+    def subset_numerics(self) -> str:
+        """The same for the subset model that was trained last."""
+        return self._numerics(next((reused.mode for reused in self._reused.values()), "eager"))
+
+    def _numerics(self, mode: str) -> str:
         name = torch.cuda.get_device_name() if self.device.startswith("cuda") else "cpu"
-        return f"{name} {torch.backends.cpu.get_cpu_capability()} torch-{torch.__version__} eager"
+        return f"{name} {torch.backends.cpu.get_cpu_capability()} torch-{torch.__version__} {mode}"
 
 
 def train_original(lab: Lab, model: Choice, training: Training, seed: int) -> nn.Module:
@@ -122,9 +147,9 @@ def train_subset_model(
     train, test = lab.examples("train"), lab.examples("test")
     num_batches = max(1, int(np.floor(len(train) * fraction)) // training.batch_size)
     start = time.perf_counter()
-    made = lab.fresh(model)(stream)
+    made, objective = lab.subset_model(model, training, stream)
     subset = train.take(np.flatnonzero(members)).augmented(training.augment)
-    fit(made, subset, training=training, generator=stream, num_batches=num_batches)
+    fit(made, subset, training=training, generator=stream, num_batches=num_batches, objective=objective)
     logits, test_logits = half(predict(made, train)), half(predict(made, test))
     right = logits.argmax(axis=1) == train.labels.cpu().numpy()
     return {

@@ -97,7 +97,7 @@ def as_input(images: Tensor) -> Tensor:
 
 def batches(examples: Examples, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """One shuffled epoch of full batches; fewer examples than a batch make one batch of all."""
-    order = torch.randperm(len(examples), generator=generator).to(examples.labels.device)
+    order = _sent(torch.randperm(len(examples), generator=generator), examples.labels.device)
     size = min(batch_size, len(examples))
     for start in range(0, len(examples) - size + 1, size):
         chosen = order[start : start + size]
@@ -113,17 +113,22 @@ def augmented(images: Tensor, augment: Augment, generator: torch.Generator) -> T
     if augment == "none":
         return images
     count, height, width, _ = images.shape
-    flips = torch.rand(count, generator=generator).to(images.device) < 0.5
+    flips = _sent(torch.rand(count, generator=generator), images.device) < 0.5
     if augment == "crop_flip":
-        corners = torch.randint(2 * _BORDER + 1, (2, count), generator=generator).to(images.device)
+        corners = _sent(torch.randint(2 * _BORDER + 1, (2, count), generator=generator), images.device)
         return cropped(images, corners[0], corners[1], flips)
     draws = torch.rand(4, count, generator=generator)
     area = (_AREA[0] + (_AREA[1] - _AREA[0]) * draws[0]) * height * width
     ratio = torch.exp(math.log(_RATIO[0]) + math.log(_RATIO[1] / _RATIO[0]) * draws[1])
     tall, wide = (area / ratio).sqrt().clamp(max=height), (area * ratio).sqrt().clamp(max=width)
     top, left = draws[2] * (height - tall), draws[3] * (width - wide)
-    box = (part.to(images.device) for part in (top, left, tall, wide))
+    box = _sent(torch.stack((top, left, tall, wide)), images.device)
     return resampled(images, *box, flips=flips)
+
+
+def _sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on the device; no step waits for the copy, nor the copy for the steps before it."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
 
 
 def cropped(images: Tensor, top: Tensor, left: Tensor, flips: Tensor) -> Tensor:
@@ -198,7 +203,7 @@ def fit(
     if mask is not None and not any(bool(part.any()) for part in mask.trainable.values()):
         return model
     device = next(model.parameters()).device
-    autocast = _autocast(device, training.precision)
+    autocast = autocast_of(device, training.precision)
     train_mode(model, mask)
     step = num_steps = 0
     with _Restraint(model, mask) as restrained:
@@ -207,6 +212,7 @@ def fit(
             lr=training.learning_rate,
             momentum=training.momentum,
             weight_decay=training.weight_decay,
+            fused=device.type == "cuda" or None,  # one kernel for all parameters
         )
         for epoch in range(training.epochs):
             data = examples(epoch) if callable(examples) else examples
@@ -222,9 +228,9 @@ def fit(
                     factor = rate_factor(epoch, training.epochs + 1, training.warmup, training.final)
                 for group in optimizer.param_groups:
                     group["lr"] = training.learning_rate * factor
+                optimizer.zero_grad(set_to_none=True)
                 with autocast():
                     loss = loss_of(model, images, labels)
-                optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 optimizer.step()
                 restrained.restore()
@@ -305,7 +311,8 @@ class _Restraint:
             parameter.requires_grad_(True)
 
 
-def _autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
+def autocast_of(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[object]]:
+    """A context for the forward pass in a precision: none for fp32, bf16 autocast else."""
     if precision == "fp32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
@@ -329,10 +336,10 @@ def predict(model: nn.Module, examples: Examples, *, batch_size: int = 512) -> n
     device = next(model.parameters()).device
     with evaluating(model):
         parts = [
-            model(as_input(examples.images[start : start + batch_size].to(device))).float().cpu()
+            model(as_input(examples.images[start : start + batch_size].to(device))).float()
             for start in range(0, len(examples), batch_size)
         ]
-    logits: np.ndarray = torch.cat(parts).numpy()
+    logits: np.ndarray = torch.cat(parts).cpu().numpy()  # once: every copy waits for the device
     return logits
 
 
