@@ -57,3 +57,28 @@ def cifar10_small_del() -> Study:
             **localizations(budget=budget, options=options),
         },
     )
+
+
+@RECIPES
+def cifar10_speed() -> Study:
+    """All of CIFAR-10 from Parquet (set data.train and data.test) for speed on a GPU: airbench in bf16, 400 models."""
+    return replaced(
+        cifar10_small(),
+        recipe="cifar10_speed",
+        data=DataSource(
+            name="image_parquet", options={"train": "cifar10-train.parquet", "test": "cifar10-test.parquet"}
+        ),
+        model=Model(name="airbench"),
+        training=TrainingSpec(
+            learning_rate=0.8,
+            epochs=20,
+            batch_size=512,
+            weight_decay=5e-4,
+            warmup=0.2,
+            final=0.001,
+            precision="bf16",
+        ),
+        campaign=Campaign(models=400),
+        forget_sets=(ForgetSet(name="random"), ForgetSet(name="most_memorized")),
+        methods=arms(epochs=4, batch_size=512, budget=(0.1, 0.3)),
+    )
