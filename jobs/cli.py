@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -36,7 +36,29 @@ TrackingUri = Annotated[
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Workers, one core each. Default: as many as there are cores.")
 ]
-GpusPerWorker = Annotated[float, typer.Option(min=0, help="Share of a GPU that each worker takes; 0 trains on CPUs.")]
+
+
+def _share(text: str | float) -> float | Literal["auto"]:
+    """A share of a GPU, or `auto`."""
+    if text == "auto":
+        return "auto"
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < float("inf"):
+        raise typer.BadParameter(f"got {text!r}; allowed: a number from 0 up, or auto")
+    return share
+
+
+GpusPerWorker = Annotated[
+    Any,
+    typer.Option(
+        parser=_share,
+        metavar="SHARE|auto",
+        help="Share of a GPU that each worker takes; `auto`: by a short measurement; 0 trains on CPUs.",
+    ),
+]
 Compile = Annotated[
     Literal["off", "on", "auto"],
     typer.Option(help="Compile subset models; `auto`: on GPUs, for ten or more a worker. Results say which it was."),

@@ -34,7 +34,7 @@ class Options:
     storage: str
     tracking_uri: str | None = None
     workers: int | None = None
-    gpus_per_worker: float = 0.0
+    gpus_per_worker: float | Literal["auto"] = 0.0
     address: str | None = None
     plugins: Sequence[str] = ()
     dry_run: bool = False

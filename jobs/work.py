@@ -15,6 +15,7 @@ import typer
 from rich.markup import escape
 
 from jobs import ledger
+from jobs.gpus import shared
 from jobs.ledger import Ledger
 from jobs.progress import bars, console
 from jobs.session import Session
@@ -69,12 +70,11 @@ class Cost:
 def cluster_of(session: Session) -> Iterator[Cluster]:
     """Ray for this command; SIGTERM (what `ray job stop` sends) becomes an interrupt."""
     options = session.options
-    with ray_cluster(
-        address=options.address, workers=options.workers, gpus_per_worker=options.gpus_per_worker
-    ) as cluster:
+    share = 1.0 if options.gpus_per_worker == "auto" else options.gpus_per_worker
+    with ray_cluster(address=options.address, workers=options.workers, gpus_per_worker=share) as cluster:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs a handler of its own
-        yield cluster
+        yield shared(session, cluster) if options.gpus_per_worker == "auto" else cluster
 
 
 def device_of(cluster: Cluster) -> str:

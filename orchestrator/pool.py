@@ -98,8 +98,7 @@ def ray_cluster(
             "or leave --address out to use this machine"
         ) from None
     try:
-        resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        yield _size(resources, workers, gpus_per_worker)
+        yield sized(workers, gpus_per_worker)
     finally:
         ray.shutdown()
         if scratch is not None:
@@ -125,7 +124,11 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
-def _size(resources: Mapping[str, float], workers: int | None, gpus_per_worker: float) -> Cluster:
+def sized(workers: int | None, gpus_per_worker: float) -> Cluster:
+    """The Ray that we are connected to, with as many workers as asked for and as it can hold; InputError for none."""
+    import ray
+
+    resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     room = int(resources.get("CPU", 0))
     if gpus_per_worker > 0:
         room = min(room, int(resources.get("GPU", 0) / gpus_per_worker + 1e-9))
