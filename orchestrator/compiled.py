@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from orchestrator.data import Examples
@@ -53,7 +54,9 @@ class Reused:
         first = torch.arange(training.batch_size, device=device) % len(examples)
         images, labels = as_input(examples.images[first]), examples.labels[first]
         autocast = autocast_of(device, training.precision)
-        with torch.random.fork_rng([device] if self._on_cuda else []):
+        # a worker has one core: torch would start a process per core of the machine for each worker, to compile in
+        one_thread = torch._inductor.config.patch(compile_threads=1)
+        with one_thread, torch.random.fork_rng([device] if self._on_cuda else []):
             for _ in range(TRIALS):
                 with autocast():
                     loss = self.objective(self.model, images, labels)
