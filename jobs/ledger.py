@@ -29,9 +29,12 @@ from orchestrator.store import Store
 _SECONDS_BETWEEN_RECORDS = 10.0
 
 
-def stretch_of(session: Session, campaign: CampaignSpec | None, cached: int = 0) -> Stretch:
-    """The record of what is about to be computed."""
-    now, gpus = time.time(), session.options.gpus_per_worker
+def stretch_of(
+    session: Session, campaign: CampaignSpec | None, cached: int = 0, cluster: Cluster | None = None
+) -> Stretch:
+    """The record of what is about to be computed, on a cluster where something is missing."""
+    asked = session.options.gpus_per_worker
+    now, gpus = time.time(), cluster.gpus_per_worker if cluster else 1.0 if asked == "auto" else asked
     return Stretch(
         name=f"{int(now * 1000)}-{secrets.token_hex(4)}",
         command="".join(sys.argv[1:2]),

@@ -110,7 +110,7 @@ def _rounds(
     session: Session, cluster: Cluster, goal: Goal, tally: Tally, most: int, begin: float, cost: work.Cost
 ) -> str:
     inputs = work.inputs_of(session, cluster, BLOCK_SIZE * (most - tally.blocks))
-    stretch = ledger.stretch_of(session, tally.campaign, BLOCK_SIZE * tally.blocks)
+    stretch = ledger.stretch_of(session, tally.campaign, BLOCK_SIZE * tally.blocks, cluster)
     book = ledger.Ledger(session, cluster, stretch, tally, most)
     book.prepare()
     with Pool(cluster, Workspace, inputs) as pool, work.keeping(book, cost, pool.usage.startup_seconds):

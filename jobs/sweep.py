@@ -120,7 +120,7 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
         if runs:
             from orchestrator.sweep import run_trials  # Tune takes seconds to import
 
-            book = Ledger(session, cluster, stretch_of(session, None))
+            book = Ledger(session, cluster, stretch_of(session, None, cluster=cluster))
             with work.keeping(book, cost), work.deaths(session, done):
                 run_trials(
                     Workspace.perform,

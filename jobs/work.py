@@ -123,9 +123,9 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
 def _ledger_of(session: Session, cluster: Cluster, tasks: Sequence[Task]) -> Ledger:
     """What keeps the costs of these tasks: of a campaign, if there are models of one among them."""
     if not any(task.kind == "model" for task in tasks):
-        return Ledger(session, cluster, ledger.stretch_of(session, None))
+        return Ledger(session, cluster, ledger.stretch_of(session, None, cluster=cluster))
     campaign = session.study.campaign_spec(session.dataset.fingerprint)
-    stretch = ledger.stretch_of(session, campaign, session.plan.campaign_counts()["done"])
+    stretch = ledger.stretch_of(session, campaign, session.plan.campaign_counts()["done"], cluster)
     tally = planning.Tally(session.store, campaign, session.dataset, session.study.campaign.estimator)
     return Ledger(session, cluster, stretch, tally)
 
