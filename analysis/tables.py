@@ -369,6 +369,7 @@ class ScoreSummary:
     precision: float | None
     held_out_auc: float | None
     estimator: str = "correctness"
+    stopping: str | None = None
 
     @property
     def passes_gate(self) -> bool:
@@ -390,6 +391,7 @@ def score_summary(tables: Tables, scores_key: str) -> ScoreSummary:
         num_examples=len(scores),
         num_models=int(scores["num_in"][0] + scores["num_out"][0]),
         estimator=campaign[0]["estimator"] if campaign else "correctness",
+        stopping=campaign[0]["stopping"] if campaign else None,
         in_accuracy=campaign[0]["in_accuracy"] if campaign else _in_accuracy(scores),
         hard_in_accuracy=campaign[0]["hard_in_accuracy"] if campaign else _in_accuracy(hard) if len(hard) else None,
         num_flipped=count,

@@ -87,10 +87,10 @@ def _grow(session: Session, goal: Goal) -> None:
         with work.cluster_of(session) as cluster:
             reason = _rounds(session, cluster, goal, tally, most, begin, cost)
     if tally.can_estimate:
-        work.print_scores(planning.put_scores(tally))
+        work.print_scores(planning.put_scores(tally, stopping=goal.met(tally.summary())))
         console.print(
-            f"stopped at {BLOCK_SIZE * tally.blocks} models: {reason}. Intervals are nominal: stopping looked at the "
-            f"scores. Use them with --set campaign.models={BLOCK_SIZE * tally.blocks}",
+            f"stopped at {BLOCK_SIZE * tally.blocks} models: {reason}. "
+            f"Use them with --set campaign.models={BLOCK_SIZE * tally.blocks}",
             highlight=False,
         )
     work.conclude(cost)
@@ -136,10 +136,14 @@ def _rounds(
             )
 
 
+def growth(blocks: int, workers: int) -> int:
+    """How many blocks the next round adds to so many: a share of what there is, and enough for every worker."""
+    return max(math.ceil(workers / BLOCK_SIZE), math.ceil(_GROWTH * blocks))
+
+
 def _round(cluster: Cluster, goal: Goal, tally: Tally, most: int, begin: float) -> int:
-    """How many blocks to train next: a share of what there is, enough for every worker, and what time allows."""
-    number = max(math.ceil(cluster.workers / BLOCK_SIZE), math.ceil(_GROWTH * tally.blocks))
-    number = min(number, most - tally.blocks)
+    """How many blocks to train next: `growth`, as far as --models and time allow."""
+    number = min(growth(tally.blocks, cluster.workers), most - tally.blocks)
     if goal.hours is not None and tally.blocks:
         per_block = tally.seconds / tally.blocks / cluster.workers
         left = begin + 3600 * goal.hours - time.monotonic()

@@ -254,6 +254,11 @@ def print_scores(summary: ScoresSummary) -> None:
         f"subset{hard}, {summary.test_accuracy:.3f} on test{halves}",
         highlight=False,
     )
+    if summary.stopping:
+        console.print(
+            f"Intervals are nominal: the campaign stopped at a target that its scores met ({summary.stopping})",
+            highlight=False,
+        )
     if not summary.passes_gate:
         console.print(
             "[bold red]The subset models do not fit their subsets[/bold red] (gate: 0.995 overall, 0.97 where mostly "

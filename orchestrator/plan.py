@@ -274,6 +274,7 @@ class ScoresSummary:
     standard_error: float | None = None  # mean over examples; None: from before it was kept
     top_overlap: float | None = None  # of the 5 % most memorized by either half
     estimator: str = "correctness"
+    stopping: str | None = None  # the target that the scores met, at which the campaign stopped; None: no such look
 
     @property
     def passes_gate(self) -> bool:
@@ -378,9 +379,12 @@ def _compute_scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresS
     return put_scores(tally)
 
 
-def put_scores(tally: Tally) -> ScoresSummary:
-    """Estimate scores from the blocks read, store them with the images of the most memorized, and sum up."""
-    store, dataset, summary = tally.store, tally.dataset, tally.summary()
+def put_scores(tally: Tally, stopping: str | None = None) -> ScoresSummary:
+    """Estimate scores from the blocks read, store them with the images of the most memorized, and sum up.
+
+    `stopping` says which target the scores met where that ended the campaign: their intervals are then nominal.
+    """
+    store, dataset, summary = tally.store, tally.dataset, replace(tally.summary(), stopping=stopping)
     labels, scores = dataset.split_labels("train"), estimate(tally.total)
     true_labels = dataset.split_true_labels("train")
     columns = {"index": np.arange(len(labels)), "label": labels, "true_label": true_labels, **vars(scores)}

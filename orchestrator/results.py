@@ -100,6 +100,7 @@ TABLES: Mapping[str, pa.Schema] = {
             ("top_overlap", _F, True),
             ("standard_error", _F, True),
             ("model_seconds", _F, False),
+            ("stopping", _S, True),
         ],
         "proxies": [
             ("proxies_key", _S, False),

@@ -234,6 +234,13 @@ def test_the_method_that_the_readme_shows_runs_as_shown(tmp_path: Path) -> None:
     assert all(r["steps_ratio"] > 0 for r in runs if r["method"] == "shrink")
 
 
+def stopping(store: Path) -> list[str | None]:
+    """What the exported campaigns say of how they stopped."""
+    assert run("export", "--storage", str(store)).returncode == 0
+    found: list[str | None] = pq.read_table(store / "exports" / "campaigns.parquet")["stopping"].to_pylist()
+    return found
+
+
 def test_a_campaign_grows_to_its_target_and_equals_one_asked_for_at_once(tmp_path: Path) -> None:
     words = ["memorize", "digits", "--set", "training.epochs=1", "--workers", "2", "--tracking-uri", "none"]
     grown, whole = tmp_path / "grown", tmp_path / "whole"
@@ -248,6 +255,10 @@ def test_a_campaign_grows_to_its_target_and_equals_one_asked_for_at_once(tmp_pat
     assert run(*words, "--models", found[1], "--storage", str(whole)).returncode == 0
     tables = [pq.read_table(next((store / "scores").glob("*[0-9a-f].parquet"))) for store in (grown, whole)]
     assert tables[0].equals(tables[1])
+    assert stopping(whole) == [None]
+    assert stopping(grown) == [f"mean standard error {found[2]} is at most 0.12"]
+    assert run(*words, "--models", found[1], "--storage", str(grown)).returncode == 0
+    assert stopping(grown) != [None], "looking again does not undo how the number was chosen"
     here = [
         "--set",
         "training.epochs=1",

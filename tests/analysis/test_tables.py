@@ -211,6 +211,15 @@ def test_the_report_holds_every_line_and_shouts_where_the_gate_fails(export: Pat
             assert np.asarray(image.convert("L")).std() > 5, "an empty picture"
 
 
+@pytest.mark.parametrize("stopping", ["mean standard error 0.0480 is at most 0.05", None])
+def test_the_report_says_what_stopped_the_campaign(export: Path, tmp_path: Path, stopping: str | None) -> None:
+    line = {"scores_key": "abc", "setting": "s", "estimator": "correctness", "models": 20, "in_accuracy": 1.0}
+    write_table(export, "campaigns", [line | {"test_accuracy": 0.9, "model_seconds": 1.0, "stopping": stopping}])
+    page = report.write(export, tmp_path / "out.html").read_text()
+    assert ("intervals are nominal" in page) == (stopping is not None)
+    assert stopping is None or stopping in page
+
+
 def test_a_report_without_scores_or_runs_says_so(export: Path, tmp_path: Path) -> None:
     for name in ("memorization", "examples", "members"):
         write_table(export, name, [])
