@@ -1,4 +1,4 @@
-"""Ray: a map over long-lived actors. Starts and ends Ray, and survives workers that die."""
+"""Ray: a map over long-lived actors. Starts and ends Ray, and survives workers that die and nodes that leave."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 MAX_TRIES = 3  # workers that one item may lose before it is given up
-_READY_SECONDS = 300
+PATIENCE_SECONDS = 600.0  # without a single worker, until a map gives up
+_START_SECONDS = 60.0  # for all workers to start; those that come later join in
 _KNOCK_SECONDS = 5  # for a cluster to take a connection; Ray itself tries for minutes
 _SHORT = "/tmp" if os.path.isdir("/tmp") else None  # Ray's sockets allow paths of about a hundred characters
 
@@ -43,6 +44,10 @@ class WorkerDeathError(RuntimeError):
     def __init__(self, lost: Sequence[tuple[Any, str]], total: int) -> None:
         self.lost = tuple(lost)
         super().__init__(f"{len(lost)} of {total} items were given up: {lost[0][0]}, {lost[0][1]}")
+
+
+class NoWorkersError(RuntimeError):
+    """No node had room for a worker for so long that a map was given up."""
 
 
 def death_reason(tries: int, error: object) -> str:
@@ -185,15 +190,19 @@ class Usage:
 class Pool(Generic[S]):
     """Long-lived actors that each hold `setup(*inputs)`; a context manager, and a map over their states.
 
-    `inputs` travel once through the object store (numpy arrays live once per node). Each actor has the next item
-    queued while it works on one, so none waits for the driver.
+    `inputs` travel once through the object store (numpy arrays live once per node); they are kept on the driver's
+    node, so that no other node takes them with it when it leaves. An actor that cannot be placed yet gets no items:
+    it joins in once there is room, and after `patience_seconds` without any worker NoWorkersError is raised.
     """
 
     cluster: Cluster
     setup: Callable[..., S]
     inputs: tuple[Any, ...] = ()
+    patience_seconds: float = PATIENCE_SECONDS
     usage: Usage = field(init=False)
-    _actors: list[Any] = field(default_factory=list)
+    _actors: dict[int, Any] = field(default_factory=dict)
+    _starting: dict[Any, int] = field(default_factory=dict)  # call that answers once the actor is ready -> actor
+    _failed_starts: Counter[int] = field(default_factory=Counter)
     _references: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -204,9 +213,17 @@ class Pool(Generic[S]):
 
         start = time.perf_counter()
         self._references = [ray.put(value) for value in self.inputs]
-        self._actors = [self._spawn() for _ in range(self.cluster.workers)]
+        for actor in range(self.cluster.workers):
+            self._start(actor)
         try:
-            ray.get([actor.ready.remote() for actor in self._actors], timeout=_READY_SECONDS)
+            calls = list(self._starting)
+            ready, late = ray.wait(calls, num_returns=len(calls), timeout=min(_START_SECONDS, self.patience_seconds))
+            if not ready:
+                ready, _ = ray.wait(late, timeout=max(0.0, self.patience_seconds - _START_SECONDS))
+            if not ready:
+                raise self.no_workers("nothing was started")
+            for call in ready:
+                self.settle(call)
         except BaseException:
             self.close()
             raise
@@ -222,15 +239,62 @@ class Pool(Generic[S]):
         """End the actors, so that nothing holds their cores."""
         import ray
 
-        for actor in self._actors:
+        for actor in self._actors.values():
             ray.kill(actor)
-        self._actors = []
+        self._actors, self._starting = {}, {}
 
-    def _spawn(self) -> Any:
+    def _start(self, actor: int) -> None:
         import ray
 
-        actor = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.cluster.gpus_per_worker)
-        return actor.remote(self.setup, *self._references)
+        options = ray.remote(_Worker).options(num_cpus=1, num_gpus=self.cluster.gpus_per_worker)
+        self._actors[actor] = options.remote(self.setup, *self._references)
+        self._starting[self._actors[actor].ready.remote()] = actor
+
+    def settle(self, call: Any) -> None:
+        """Take a worker that has started into service, or start it anew; the last to fail so MAX_TRIES times raises."""
+        import ray
+        from ray.exceptions import RayError
+
+        actor = self._starting.pop(call)
+        try:
+            ray.get(call)
+        except RayError:
+            self._failed_starts[actor] += 1
+            if self._failed_starts[actor] < MAX_TRIES:
+                self._start(actor)
+                return
+            del self._actors[actor]
+            if not self._actors:
+                raise
+        else:
+            self._failed_starts[actor] = 0
+
+    def replace(self, actor: int) -> None:
+        """Start a new worker in the place of one that died, or that cannot be reached any more."""
+        import ray
+
+        self.usage.deaths += 1
+        ray.kill(self._actors[actor])
+        self._start(actor)
+
+    @property
+    def starting(self) -> list[Any]:
+        return list(self._starting)
+
+    @property
+    def ready(self) -> list[int]:
+        """The workers that can be given work."""
+        late = set(self._starting.values())
+        return [actor for actor in self._actors if actor not in late]
+
+    def call(self, actor: int, function: Any, item: Any) -> Any:
+        return self._actors[actor].call.remote(function, item)
+
+    def no_workers(self, state: str) -> NoWorkersError:
+        return NoWorkersError(
+            f"no node had room for a worker for {self.patience_seconds:g} s, {state}; add nodes, or end what holds "
+            "their cores, and give the same command again: what is finished is kept"
+        )
 
     def map(
         self, function: Callable[[S, A], R], items: Iterable[A], done: Callable[[R], None] | None = None
@@ -253,62 +317,83 @@ class _Mapping(Generic[S, A, R]):
         self.function = function
         self.waiting = deque(range(len(items)))
         self.running: dict[Any, tuple[int, int]] = {}  # call -> (item, actor), in the order handed out
+        self.load = Counter[int]()  # calls of each actor
         self.tries = [0] * len(items)
         self.results: dict[int, R] = {}
         self.lost: list[tuple[A, str]] = []
 
     def run(self) -> list[R]:
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
 
         start = time.perf_counter()
         function = ray.put(self.function)
-        for _ in range(2):  # one to work on and one queued, dealt in turn
-            for actor in range(len(self.pool._actors)):
-                self._hand_out(function, actor)
-        while self.running:
-            finished, _ = ray.wait(list(self.running), num_returns=1)
-            item, actor = self.running[finished[0]]
-            try:
-                result = ray.get(finished[0])
-            except RayTaskError as error:
-                raise error.as_instanceof_cause() from None  # type: ignore[no-untyped-call]
-            except RayActorError as error:
-                self._replace(actor, error)
+        self._deal(function)
+        while self.waiting or self.running:
+            patience = None if self.running else self.pool.patience_seconds
+            finished, _ = ray.wait([*self.running, *self.pool.starting], num_returns=1, timeout=patience)
+            if not finished:
+                raise self.pool.no_workers(f"{len(self.results)} of {len(self.items)} items are done")
+            if finished[0] in self.running:
+                self._take(self.running[finished[0]][1])
             else:
-                del self.running[finished[0]]
-                self.results[item] = result
-                if self.done is not None:
-                    self.done(result)
-            while self._load(actor) < 2 and self.waiting:
-                self._hand_out(function, actor)
+                self.pool.settle(finished[0])
+            self._deal(function)
         self.pool.usage.span_seconds += time.perf_counter() - start
         if self.lost:
             raise WorkerDeathError(self.lost, len(self.items))
         return [self.results[i] for i in range(len(self.items))]
 
-    def _load(self, actor: int) -> int:
-        return sum(where == actor for _, where in self.running.values())
+    def _deal(self, function: Any) -> None:
+        """Give each ready worker an item to work on, and one to queue behind it while there are enough for all.
 
-    def _hand_out(self, function: Any, actor: int) -> None:
-        if self.waiting:
-            item = self.waiting.popleft()
-            call = self.pool._actors[actor].call.remote(function, self.items[item])
-            self.running[call] = (item, actor)
-
-    def _replace(self, actor: int, error: Exception) -> None:
-        """Put a dead actor's items back to the front of the queue, and a new actor in its place.
-
-        Only the item handed out first, the one being worked on, has used up a try: the one behind it is innocent.
+        A queued item spares a worker the way to the driver and back; once fewer wait than there are workers, it
+        would only wait behind another while somebody idles.
         """
-        calls = [call for call, (_, where) in self.running.items() if where == actor]
-        items = [self.running.pop(call)[0] for call in calls]
-        self.pool.usage.deaths += 1
-        self.tries[items[0]] += 1
-        if self.tries[items[0]] >= MAX_TRIES:
-            self.lost.append((self.items[items.pop(0)], death_reason(MAX_TRIES, error)))
-        self.waiting.extendleft(reversed(items))
-        self.pool._actors[actor] = self.pool._spawn()
+        ready = self.pool.ready
+        for queued in (0, 1):
+            for actor in ready:
+                if self.load[actor] == queued and len(self.waiting) > queued * len(ready):
+                    item = self.waiting.popleft()
+                    self.running[self.pool.call(actor, function, self.items[item])] = (item, actor)
+                    self.load[actor] += 1
+
+    def _take(self, actor: int) -> None:
+        """Take the result of a worker's first call, which ends before the one behind it; or what became of it."""
+        import ray
+        from ray.exceptions import ObjectLostError, RayError, RayTaskError
+
+        call, item = next((call, item) for call, (item, where) in self.running.items() if where == actor)
+        try:
+            result = ray.get(call)
+        except RayTaskError as error:
+            raise error.cause from error
+        except ObjectLostError as error:  # computed, and gone with its node before it was fetched
+            self._drop(call)
+            self._retry(item, error)
+        except RayError as error:  # of the worker: died, out of memory, out of reach, its node gone
+            behind = [(c, i) for c, (i, where) in self.running.items() if where == actor and c is not call]
+            for other, _ in behind:
+                self._drop(other)
+            self._drop(call)
+            self.waiting.extendleft(i for _, i in reversed(behind))  # innocent: they have used up no try
+            self._retry(item, error)
+            self.pool.replace(actor)
+        else:
+            self._drop(call)
+            self.results[item] = result
+            if self.done is not None:
+                self.done(result)
+
+    def _drop(self, call: Any) -> None:
+        self.load[self.running.pop(call)[1]] -= 1
+
+    def _retry(self, item: int, error: Exception) -> None:
+        """Put an item back to the front of the queue, or give it up when it has cost enough workers."""
+        self.tries[item] += 1
+        if self.tries[item] < MAX_TRIES:
+            self.waiting.appendleft(item)
+        else:
+            self.lost.append((self.items[item], death_reason(MAX_TRIES, error)))
 
 
 def ray_map(function: Callable[[A], R], items: Iterable[A], *, cluster: Cluster) -> list[R]:
