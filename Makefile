@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check bench golden clean
+.PHONY: demo test chaos check bench golden clean
 
 demo: .venv/run.stamp
 	$(BIN)/unlearn demo
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+chaos: .venv/dev.stamp
+	$(BIN)/python -m pytest -m chaos tests
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -335,7 +335,10 @@ def submit(
 
 
 def main() -> None:
-    """Run the command line; bad input is one sentence and exit code 2, an interrupt 130, failed runs 1."""
+    """Run the command line; bad input is one sentence and exit code 2, an interrupt 130, failed runs 1.
+
+    Work that the world stopped (storage full or away, no node left) is one sentence and 1: the input was good.
+    """
     try:
         app()
     except (KeyboardInterrupt, SystemExit) as end:
@@ -343,10 +346,14 @@ def main() -> None:
             raise
         _stop("interrupted; what is finished is kept, and the same command goes on from there", 130)
     except Exception as error:
+        from orchestrator.pool import NoWorkersError
         from orchestrator.registry import InputError
+        from orchestrator.store import StorageError
 
         if isinstance(error, InputError):
             _stop(str(error), 2)
+        if isinstance(error, NoWorkersError | StorageError):
+            _stop(str(error), 1)
         raise
 
 

@@ -66,15 +66,17 @@ def open_store(storage: str) -> Store:
         )
     store = Store(storage)
     store.probe()
+    store.sweep_up()
     return store
 
 
 def existing_store(storage: str) -> Store:
-    """A store that must be there already, for commands that only read."""
-    store = open_store(storage) if "://" in storage or Path(storage).is_dir() else None
-    if store is None:
+    """A store that must be there already, for commands that only read: a full disk or one without leave will do."""
+    if "://" in storage:
+        return open_store(storage)
+    if not Path(storage).is_dir():
         raise InputError(f"storage root {storage!r} does not exist; give --storage the folder that a sweep wrote to")
-    return store
+    return Store(storage)
 
 
 def load_plugins(names: Sequence[str]) -> tuple[Plugin, ...]:

@@ -42,7 +42,7 @@ from orchestrator.specs import (
     key,
 )
 from orchestrator.stages import PlainStage, StageMask
-from orchestrator.store import Store
+from orchestrator.store import StorageError, Store
 from orchestrator.training import Mask
 
 T = TypeVar("T")
@@ -141,13 +141,18 @@ class Workspace:
         self._host, self._name = socket.gethostname(), secrets.token_hex(4)  # a pid may be another's in a container
 
     def perform(self, task: Task) -> Outcome:
-        """Compute a task and put the result into the store; a failure becomes an attempt there and an Outcome."""
+        """Compute a task and put the result into the store; a failure becomes an attempt there and an Outcome.
+
+        StorageError is raised: what can be kept nowhere, neither result nor attempt, ends the work.
+        """
         began, wall, cpu, self._training_seconds = time.time(), time.perf_counter(), time.process_time(), 0.0
         work: Callable[[Task], int] = getattr(self, f"_{task.kind}")
         models, error = 0, None
         with steady(self.lab.device):
             try:
                 models = work(task)
+            except StorageError:
+                raise
             except (Exception, SystemExit) as failure:  # one failed task is a result: the others go on
                 error = str(failure) if isinstance(failure, InputError) else f"{type(failure).__name__}: {failure}"
                 self._forget_all()  # what failed may have left them changed

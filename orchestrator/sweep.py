@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ray import tune
 
 from orchestrator.pool import MAX_TRIES, WorkerDeathError, death_reason
+from orchestrator.store import StorageError
 
 S = TypeVar("S")
 A = TypeVar("A")
@@ -39,7 +40,8 @@ def run_trials(
     """Call `function(state, item)` in one Tune trial per item; `done` hears of each result, on the driver.
 
     Each worker makes its state once, by `setup(*inputs)`. Needs a Ray that is up and whose cores are free. Raises
-    WorkerDeathError, after all the others are done, where the workers of a trial kept dying.
+    WorkerDeathError, after all the others are done, where the workers of a trial kept dying, and StorageError at once
+    where the storage is full or gone.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     trainable = tune.with_parameters(trial, function=function, items=tuple(items), setup=setup, inputs=inputs)
@@ -81,10 +83,15 @@ def trial(
     setup: Callable[..., S],
     inputs: tuple[Any, ...],
 ) -> None:
-    """One trial: compute, then report; nothing follows the report."""
+    """One trial: compute, then report; nothing follows the report. Storage that is gone is reported too: see below."""
     if "state" not in _states:
         _states["state"] = setup(*inputs)
-    tune.report({"result": function(_states["state"], items[config["item"]])})
+    try:
+        result = function(_states["state"], items[config["item"]])
+    except StorageError as error:
+        tune.report({"stopped": str(error)})
+        return
+    tune.report({"result": result})
 
 
 class _Listener(tune.Callback):
@@ -98,6 +105,8 @@ class _Listener(tune.Callback):
         return {"_done": None, "lost": []}  # Tune pickles its callbacks beside a state that we never resume from
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        if "stopped" in result:  # no other trial could keep what it computes: all end, and none is tried again
+            raise StorageError(result["stopped"])
         if self._done is not None:
             self._done(result["result"])
 

@@ -1,18 +1,27 @@
-"""Real faults for the tests: an S3 server, and a line to it that answers 503 or cuts connections for a while."""
+"""Real faults for the tests: a small disk, an S3 server behind a line in trouble, a Ray cluster that nodes leave."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import boto3
+import pytest
 from botocore.exceptions import BotoCoreError, ClientError
+
+from orchestrator.pool import prepare_ray
+
+_OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes
 
 Trouble = Literal["slow down", "no reason", "cut"]
 
@@ -60,7 +69,7 @@ class Line:
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.refused = 0
 
-    def __enter__(self) -> Line:
+    def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
         return self
 
@@ -115,3 +124,55 @@ class Line:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             self._open.discard(end)
+
+
+@contextmanager
+def tmpfs(folder: Path, size: str) -> Iterator[None]:
+    """A file system of so many bytes, mounted there; the test is skipped where that is not allowed."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if not sys.platform.startswith("linux") or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted by root on Linux")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+class Nodes:
+    """A Ray cluster of a head without cores, which is no place for a worker, and of nodes that come and go."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self.address: str = cluster.address
+        self.workers: list[Any] = []
+
+    def add(self, cores: int = 1) -> Any:
+        node = self._cluster.add_node(num_cpus=cores, object_store_memory=_OBJECT_STORE_BYTES)
+        self.workers.append(node)
+        return node
+
+    def remove(self, node: Any) -> None:
+        """Kill a node's processes, its workers among them."""
+        self.workers.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+
+
+@contextmanager
+def ray_nodes() -> Iterator[Nodes]:
+    """A cluster on this machine with no node yet that could hold a worker."""
+    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    os.mkdir(f"{scratch}/ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", scratch)  # where Ray notes the newest cluster of the machine, for all to use
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        prepare_ray(is_client=True)
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield Nodes(cluster)
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)

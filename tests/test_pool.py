@@ -74,6 +74,17 @@ def test_an_item_that_kills_every_worker_is_given_up_by_name_after_the_others(cl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "4", "5", "6", "7"]
 
 
+def who(_: Path, seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_no_item_waits_behind_another_while_a_worker_idles(cluster: Cluster) -> None:
+    with Pool(Cluster(2, 0.0), Path, (".",)) as pool:
+        workers = pool.map(who, [1.0, 0.05, 1.0, 0.05])
+    assert workers[2] == workers[1] != workers[0]
+
+
 def test_a_closed_pool_frees_its_cores(cluster: Cluster) -> None:
     import ray
 

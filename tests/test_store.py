@@ -1,26 +1,23 @@
+import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
-from botocore.exceptions import BotoCoreError, ClientError
 
 from orchestrator.registry import InputError
-from orchestrator.store import TEMPORARY, Store
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from orchestrator.store import TEMPORARY, StorageError, Store
+from tests.faults import Line, Trouble, free_port, s3_server, tmpfs
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +31,12 @@ def credentials() -> Iterator[None]:
         yield
 
 
-def create_bucket(endpoint: str) -> None:
-    client: Any = boto3.client("s3", endpoint_url=endpoint)
-    client.create_bucket(Bucket="bucket")
-
-
 @pytest.fixture(scope="module")
 def endpoint(credentials: None) -> Iterator[str]:
     """The URL of an S3 server in a process of its own, with one bucket."""
     pytest.importorskip("moto", reason="moto[server] is not installed, so there is no S3 to talk to")
-    port = free_port()
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for attempt in range(120):
-            try:
-                create_bucket(url)
-                break
-            except (BotoCoreError, ClientError):
-                if server.poll() is not None or attempt == 119:
-                    raise
-                time.sleep(0.25)
+    with s3_server() as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait(10)
 
 
 @pytest.fixture(params=["local", "s3", "s3 without prefix"])
@@ -188,6 +165,41 @@ def test_a_killed_writer_leaves_a_whole_object_and_its_remains_are_not_listed(tm
     assert remains, "no writer was caught half-way: the test shows nothing"
 
 
+def test_what_killed_writers_left_is_swept_up_and_a_living_writer_s_is_not(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.put("campaigns/k/blocks/0.safetensors", b"whole")
+    old, new = (tmp_path / f"campaigns/k/blocks/1.safetensors.{name}{TEMPORARY}" for name in ("aa", "bb"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    store.sweep_up()
+    assert (old.exists(), new.exists(), store.names("campaigns")) == (False, True, ["k/blocks/0.safetensors"])
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_no_half_of_anything(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with tmpfs(disk, "1m"):
+        store = Store(str(disk))
+        store.put("rows/a.json", b"old")
+        with pytest.raises(
+            StorageError, match=r"disk' cannot keep rows/a.json \(2,000,000 bytes\): No space left"
+        ) as full:
+            store.put("rows/a.json", b"x" * 2_000_000)
+        assert "\n" not in str(full.value)
+        assert (store.get("rows/a.json"), [path.name for path in (disk / "rows").iterdir()]) == (b"old", ["a.json"])
+        (disk / "fill").write_bytes(b"x" * (shutil.disk_usage(disk).free - 4096))
+        with pytest.raises(StorageError, match="No space left"):
+            store.put("a/new/folder/b.json", b"y" * 10_000)
+        with pytest.raises(StorageError, match="make room there and give the same command again"):
+            Store(str(disk / "below")).put("c", b"z" * 10_000)
+        (disk / "fill").unlink()
+        store.put("rows/a.json", b"x" * 500_000)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(StorageError, match="Read-only file system"):
+            store.put("rows/b.json", b"y")
+        assert store.get("rows/a.json") == b"x" * 500_000
+
+
 def test_a_relative_root_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     store = Store("runs")
@@ -270,10 +282,62 @@ def cut_off(endpoint: str, after: int) -> Iterator[str]:
 def test_an_s3_put_that_is_cut_off_leaves_the_old_content(endpoint: str, size: int) -> None:
     direct = Store("s3://bucket/cut", endpoint)
     direct.put("rows/a.json", b"old")
-    with cut_off(endpoint, after=size // 2) as url, pytest.raises(OSError, match=r"AWS Error"):
-        Store("s3://bucket/cut", url).put("rows/a.json", b"x" * size)
+    with (
+        cut_off(endpoint, after=size // 2) as url,
+        pytest.raises(StorageError, match=r"'s3://bucket/cut' .* AWS Error"),
+    ):
+        Store("s3://bucket/cut", url, patience_seconds=0.0).put("rows/a.json", b"x" * size)
     assert direct.get("rows/a.json") == b"old"
     assert direct.names("rows") == ["a.json"]
+
+
+@pytest.mark.parametrize("trouble", ["slow down", "cut"])
+def test_an_s3_in_trouble_for_a_while_is_waited_for(endpoint: str, trouble: Trouble) -> None:
+    """Three seconds are more than the SDK's own three attempts outlast."""
+    with Line(endpoint) as line:
+        store = Store(f"s3://bucket/{trouble.replace(' ', '-')}", line.url)
+        store.put("a/there", b"content")
+        actions: dict[str, Callable[[], Any]] = {
+            "put": lambda: store.put("a/new", b"x" * 100),
+            "put in parts": lambda: store.put("a/big", b"y" * 30_000_000),
+            "get": lambda: store.get("a/there"),
+            "start": lambda: store.start_of("a/there", 3),
+            "size": lambda: store.size("a/there"),
+            "exists": lambda: store.exists("a/there"),
+            "names": lambda: [name for name in store.names("a") if name == "there"],
+            "delete": lambda: store.delete("a/never"),
+            "absent": lambda: store.exists("a/absent"),
+        }
+        line.trouble(trouble, 3.0)
+        with ThreadPoolExecutor(len(actions)) as threads:
+            found = dict(zip(actions, threads.map(lambda action: action(), actions.values()), strict=True))
+        assert line.refused >= 3 * len(actions), "the trouble was not felt"
+    assert found == {
+        "put": None,
+        "put in parts": None,
+        "get": b"content",
+        "start": b"con",
+        "size": 7,
+        "exists": True,
+        "names": ["there"],
+        "delete": None,
+        "absent": False,
+    }
+    store = Store(store.root, endpoint)
+    assert store.get("a/big") == b"y" * 30_000_000
+    assert store.names("a") == ["big", "new", "there"]
+
+
+def test_an_s3_that_stays_away_is_one_sentence_that_names_the_root(endpoint: str) -> None:
+    with Line(endpoint) as line:
+        store = Store("s3://bucket/gone", line.url, patience_seconds=0.5)
+        line.trouble("slow down", 60.0)
+        for action in (lambda: store.put("a", b"x"), lambda: store.names(""), store.probe):
+            with pytest.raises(
+                StorageError, match=r"'s3://bucket/gone' stayed away for 0.5 s: .*503|SLOW_DOWN"
+            ) as away:
+                action()
+            assert "\n" not in str(away.value)
 
 
 def test_a_bucket_that_is_not_there_is_named(endpoint: str) -> None:

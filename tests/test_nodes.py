@@ -1,0 +1,75 @@
+"""The pool on a cluster whose nodes leave and come, with real nodes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator.pool import NoWorkersError, Pool, ray_cluster
+from tests.faults import Nodes, ray_nodes
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with ray_nodes() as nodes:
+        yield nodes
+
+
+def large_square(folder: Path, number: int) -> np.ndarray:
+    """A result too large to travel with its call: it stays on the node that computed it until it is fetched."""
+    (folder / f"{number}-{time.time_ns()}").touch()
+    time.sleep(0.15)
+    return np.full(50_000, number * number)
+
+
+def test_a_node_that_leaves_and_one_that_comes_change_nothing(nodes: Nodes, tmp_path: Path) -> None:
+    """The worker of the node that left waits for another node, and the rest goes on without it."""
+    first, second = nodes.add(), nodes.add()
+    taken: list[int] = []
+
+    def done(result: np.ndarray) -> None:
+        taken.append(int(result[0]))
+        if len(taken) == 4:
+            nodes.remove(first)
+        if len(taken) == 12:
+            nodes.add()
+
+    with ray_cluster(address=nodes.address) as cluster:
+        assert cluster.workers == 2
+        with Pool(cluster, Path, (str(tmp_path),), patience_seconds=60.0) as pool:
+            results = pool.map(large_square, range(24), done)
+            assert [int(result[0]) for result in results] == [number * number for number in range(24)]
+            assert all((result == result[0]).all() for result in results)
+            assert pool.usage.deaths == 1
+            computed = len(list(tmp_path.iterdir()))
+            assert 24 <= computed <= 28, "only what the node held may be computed twice"
+            assert pool.map(square, range(6)) == [number * number for number in range(6)]
+    nodes.remove(second)
+
+
+def square(_: Path, number: int) -> int:
+    return number * number
+
+
+@pytest.mark.chaos
+def test_when_all_nodes_have_left_the_map_waits_and_then_says_so(nodes: Nodes, tmp_path: Path) -> None:
+    for node in list(nodes.workers):
+        nodes.remove(node)
+    last = nodes.add()
+    with (
+        ray_cluster(address=nodes.address) as cluster,
+        Pool(cluster, Path, (str(tmp_path),), patience_seconds=4.0) as pool,
+    ):
+
+        def done(result: np.ndarray) -> None:
+            if int(result[0]) == 1:
+                nodes.remove(last)
+
+        with pytest.raises(NoWorkersError, match=r"room for a worker for 4 s, \d+ of 20 items are done; add nodes"):
+            pool.map(large_square, range(20), done)
+        nodes.add()
+        assert pool.map(square, range(5)) == [0, 1, 4, 9, 16]
