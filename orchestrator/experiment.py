@@ -141,10 +141,7 @@ class Workspace:
         self._host, self._name = socket.gethostname(), secrets.token_hex(4)  # a pid may be another's in a container
 
     def perform(self, task: Task) -> Outcome:
-        """Compute a task and put the result into the store; a failure becomes an attempt there and an Outcome.
-
-        StorageError is raised: what can be kept nowhere, neither result nor attempt, ends the work.
-        """
+        """Compute a task and store the result; a failure becomes an attempt and an Outcome, StorageError ends all."""
         began, wall, cpu, self._training_seconds = time.time(), time.perf_counter(), time.process_time(), 0.0
         work: Callable[[Task], int] = getattr(self, f"_{task.kind}")
         models, error = 0, None
@@ -155,7 +152,8 @@ class Workspace:
                 raise
             except (Exception, SystemExit) as failure:  # one failed task is a result: the others go on
                 error = str(failure) if isinstance(failure, InputError) else f"{type(failure).__name__}: {failure}"
-                self._forget_all()  # what failed may have left them changed
+                self._kept.clear()  # what failed may have left changed is cut and loaded anew
+                self.lab.forget()
                 put_failure(self.store, task, error, traceback.format_exc())
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return Outcome(
@@ -171,11 +169,6 @@ class Workspace:
             self._host,
             self._name,
         )
-
-    def _forget_all(self) -> None:
-        """Drop what was cut from the data set and loaded from the store; it is cut and loaded anew."""
-        self._kept.clear()
-        self.lab.forget()
 
     def _kept_or(self, name: str, make: Callable[[], T]) -> T:
         if name not in self._kept:

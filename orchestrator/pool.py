@@ -80,8 +80,7 @@ def ray_cluster(
     prepare_ray(is_client=target is not None)
     import ray
 
-    environment = {"env_vars": WORKER_ENVIRONMENT}
-    scratch = None
+    scratch, environment = None, {"env_vars": WORKER_ENVIRONMENT}
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "runtime_env": environment}
     try:
         if target:
@@ -216,10 +215,10 @@ class Pool(Generic[S]):
         for actor in range(self.cluster.workers):
             self._start(actor)
         try:
-            calls = list(self._starting)
-            ready, late = ray.wait(calls, num_returns=len(calls), timeout=min(_START_SECONDS, self.patience_seconds))
+            short = min(_START_SECONDS, self.patience_seconds)
+            ready, late = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=short)
             if not ready:
-                ready, _ = ray.wait(late, timeout=max(0.0, self.patience_seconds - _START_SECONDS))
+                ready, _ = ray.wait(late, timeout=self.patience_seconds - short)
             if not ready:
                 raise self.no_workers("nothing was started")
             for call in ready:
@@ -278,17 +277,9 @@ class Pool(Generic[S]):
         self._start(actor)
 
     @property
-    def starting(self) -> list[Any]:
-        return list(self._starting)
-
-    @property
     def ready(self) -> list[int]:
         """The workers that can be given work."""
-        late = set(self._starting.values())
-        return [actor for actor in self._actors if actor not in late]
-
-    def call(self, actor: int, function: Any, item: Any) -> Any:
-        return self._actors[actor].call.remote(function, item)
+        return [actor for actor in self._actors if actor not in self._starting.values()]
 
     def no_workers(self, state: str) -> NoWorkersError:
         return NoWorkersError(
@@ -330,7 +321,7 @@ class _Mapping(Generic[S, A, R]):
         self._deal(function)
         while self.waiting or self.running:
             patience = None if self.running else self.pool.patience_seconds
-            finished, _ = ray.wait([*self.running, *self.pool.starting], num_returns=1, timeout=patience)
+            finished, _ = ray.wait([*self.running, *self.pool._starting], num_returns=1, timeout=patience)
             if not finished:
                 raise self.pool.no_workers(f"{len(self.results)} of {len(self.items)} items are done")
             if finished[0] in self.running:
@@ -354,7 +345,8 @@ class _Mapping(Generic[S, A, R]):
             for actor in ready:
                 if self.load[actor] == queued and len(self.waiting) > queued * len(ready):
                     item = self.waiting.popleft()
-                    self.running[self.pool.call(actor, function, self.items[item])] = (item, actor)
+                    call = self.pool._actors[actor].call.remote(function, self.items[item])
+                    self.running[call] = (item, actor)
                     self.load[actor] += 1
 
     def _take(self, actor: int) -> None:
@@ -371,11 +363,9 @@ class _Mapping(Generic[S, A, R]):
             self._drop(call)
             self._retry(item, error)
         except RayError as error:  # of the worker: died, out of memory, out of reach, its node gone
-            behind = [(c, i) for c, (i, where) in self.running.items() if where == actor and c is not call]
-            for other, _ in behind:
-                self._drop(other)
-            self._drop(call)
-            self.waiting.extendleft(i for _, i in reversed(behind))  # innocent: they have used up no try
+            calls = [call for call, (_, where) in self.running.items() if where == actor]
+            items = [self._drop(call) for call in calls]
+            self.waiting.extendleft(reversed(items[1:]))  # innocent: they have used up no try
             self._retry(item, error)
             self.pool.replace(actor)
         else:
@@ -384,8 +374,10 @@ class _Mapping(Generic[S, A, R]):
             if self.done is not None:
                 self.done(result)
 
-    def _drop(self, call: Any) -> None:
-        self.load[self.running.pop(call)[1]] -= 1
+    def _drop(self, call: Any) -> int:
+        item, actor = self.running.pop(call)
+        self.load[actor] -= 1
+        return item
 
     def _retry(self, item: int, error: Exception) -> None:
         """Put an item back to the front of the queue, or give it up when it has cost enough workers."""

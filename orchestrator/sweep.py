@@ -66,6 +66,8 @@ def run_trials(
     tuning.setLevel(logging.CRITICAL)  # a death is said by who catches it, once, and not as a traceback of Ray's
     try:
         tuner.fit()
+    except Exception as error:  # Tune wraps what a callback raises
+        raise listener.stopped or error from None
     finally:
         tuning.setLevel(level)
         shutil.rmtree(scratch, ignore_errors=True)
@@ -100,13 +102,19 @@ class _Listener(tune.Callback):
     def __init__(self, done: Callable[[Any], None] | None) -> None:
         self._done = done
         self.lost: list[tuple[int, str]] = []
+        self.stopped: StorageError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_done": None, "lost": []}  # Tune pickles its callbacks beside a state that we never resume from
+        return {
+            "_done": None,
+            "lost": [],
+            "stopped": None,
+        }  # Tune pickles its callbacks beside a state that we never resume from
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "stopped" in result:  # no other trial could keep what it computes: all end, and none is tried again
-            raise StorageError(result["stopped"])
+            self.stopped = StorageError(result["stopped"])
+            raise self.stopped
         if self._done is not None:
             self._done(result["result"])
 

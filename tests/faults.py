@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -99,7 +100,11 @@ class Line:
             with client, suppress(OSError):
                 self._refuse(client)
             return
-        server = socket.create_connection(self._server)
+        try:
+            server = socket.create_connection(self._server)
+        except OSError:  # the server has ended
+            client.close()
+            return
         self._open |= {client, server}
         for pair in ((client, server), (server, client)):
             threading.Thread(target=self._pump, args=pair, daemon=True).start()
@@ -161,7 +166,7 @@ class Nodes:
 @contextmanager
 def ray_nodes() -> Iterator[Nodes]:
     """A cluster on this machine with no node yet that could hold a worker."""
-    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    scratch, handler = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), signal.getsignal(signal.SIGTERM)
     os.mkdir(f"{scratch}/ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", scratch)  # where Ray notes the newest cluster of the machine, for all to use
@@ -174,5 +179,6 @@ def ray_nodes() -> Iterator[Nodes]:
         try:
             yield Nodes(cluster)
         finally:
-            cluster.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
+            signal.signal(signal.SIGTERM, handler)  # Ray sets one of its own with each node
             shutil.rmtree(scratch, ignore_errors=True)
