@@ -62,8 +62,9 @@ def test_when_all_nodes_have_left_the_map_waits_and_then_says_so(nodes: Nodes, t
     last = nodes.add()
     with (
         ray_cluster(address=nodes.address) as cluster,
-        Pool(cluster, Path, (str(tmp_path),), patience_seconds=4.0) as pool,
+        Pool(cluster, Path, (str(tmp_path),)) as pool,
     ):
+        pool.patience_seconds = 4.0
 
         def done(result: np.ndarray) -> None:
             if int(result[0]) == 1:
@@ -72,4 +73,5 @@ def test_when_all_nodes_have_left_the_map_waits_and_then_says_so(nodes: Nodes, t
         with pytest.raises(NoWorkersError, match=r"room for a worker for 4 s, \d+ of 20 items are done; add nodes"):
             pool.map(large_square, range(20), done)
         nodes.add()
+        pool.patience_seconds = 60.0
         assert pool.map(square, range(5)) == [0, 1, 4, 9, 16]

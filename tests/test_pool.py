@@ -74,6 +74,18 @@ def test_an_item_that_kills_every_worker_is_given_up_by_name_after_the_others(cl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "4", "5", "6", "7"]
 
 
+def broken(path: str) -> Path:
+    raise OSError(f"no driver for {path}")
+
+
+@pytest.mark.chaos
+def test_workers_that_cannot_start_are_not_started_for_ever(cluster: Cluster) -> None:
+    from ray.exceptions import RayError
+
+    with Pool(Cluster(2, 0.0), broken, ("the device",)) as pool, pytest.raises(RayError, match="no driver for the dev"):
+        pool.map(die_on_three, range(4))
+
+
 def who(_: Path, seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()
