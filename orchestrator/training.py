@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchestrator.data import Augment, Examples
+from orchestrator.descent import Descent
 
 Schedule = Literal["step", "epoch"]
 """When the rate changes: each step, or between epochs alone, as released with DEL."""
@@ -101,7 +102,8 @@ def batches(examples: Examples, batch_size: int, generator: torch.Generator) -> 
     size = min(batch_size, len(examples))
     for start in range(0, len(examples) - size + 1, size):
         chosen = order[start : start + size]
-        yield as_input(augmented(examples.images[chosen], examples.augment, generator)), examples.labels[chosen]
+        images = examples.images.index_select(0, chosen)  # a copy of rows, where [chosen] goes by elements
+        yield as_input(augmented(images, examples.augment, generator)), examples.labels.index_select(0, chosen)
 
 
 _BORDER = 4  # black pixels on each side before a crop
@@ -207,7 +209,7 @@ def fit(
     train_mode(model, mask)
     step = num_steps = 0
     with _Restraint(model, mask) as restrained:
-        optimizer = torch.optim.SGD(
+        optimizer = (torch.optim.SGD if device.type == "cuda" else Descent)(
             restrained.parameters,
             lr=training.learning_rate,
             momentum=training.momentum,
