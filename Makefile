@@ -23,6 +23,8 @@ check: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python -m tests.benchmarks.trials
 	$(BIN)/python -m tests.benchmarks.models
+	$(BIN)/python -m tests.benchmarks.scaling
+	$(BIN)/python -m tests.benchmarks.arithmetic
 	$(BIN)/python -m tests.benchmarks.localization
 
 golden: .venv/dev.stamp

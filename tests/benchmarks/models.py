@@ -1,14 +1,19 @@
 """Subset models per hour: the pool against a plain single-process PyTorch loop with a DataLoader, in one run.
 
 Same data, network, epochs, rates and subsets; the rival has torch's default number of threads and DataLoader's
-default settings. Start-up of both apart. `python -m tests.benchmarks.models [models of ours] [models of the rival]`.
+default settings. They take turns; start-up of both apart; medians over rounds. Then the share of worker-seconds, first
+task handed out to last returned, in training and prediction, with models of a second or more (four times the epochs).
+`python -m tests.benchmarks.models [models of ours] [models of the rival] [rounds]`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
+from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +23,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context, Task, Workspace
 from orchestrator.memorization import block_membership
-from orchestrator.pool import Cluster, Pool, ray_cluster
+from orchestrator.pool import Pool, ray_cluster
 from orchestrator.recipes import RECIPES
+from orchestrator.results import unpack
 from orchestrator.store import Store
 from orchestrator.study import Study
 from orchestrator.training import rate_factor
@@ -64,35 +70,57 @@ def plain_loop(study: Study, dataset: Dataset, count: int) -> tuple[float, float
     return (time.perf_counter() - start) / count, float(np.mean(accuracies))
 
 
-def pooled(study: Study, dataset: Dataset, cluster: Cluster, folder: str, blocks: int) -> tuple[float, float]:
-    """Seconds per model on the pool, storing included, and the mean accuracy on the subsets."""
-    from orchestrator.results import unpack
+class Measured(NamedTuple):
+    """Seconds per model, the mean accuracy on the subsets, the share of worker-seconds in training, seconds each."""
 
-    store = Store(folder)
+    seconds: float
+    accuracy: float
+    utilisation: float
+    training_seconds: float
+
+
+def pooled(study: Study, dataset: Dataset, blocks: int) -> Measured:
+    """Train blocks of a campaign on a pool of all cores, storing included."""
     campaign = study.campaign_spec(dataset.fingerprint)
     tasks = [Task("model", campaign, block, member) for block in range(blocks) for member in range(10)]
-    with Pool(cluster, Workspace, (dataset, Context(store), "cpu")) as pool:
-        start = time.perf_counter()
-        outcomes = pool.map(Workspace.perform, tasks)
-        seconds = time.perf_counter() - start
-    assert not any(outcome.error for outcome in outcomes)
-    whole = [Task("block", campaign, block).object_name for block in range(blocks)]
-    accuracies = [unpack(store, name)["in_accuracy"].mean() for name in whole]
-    return seconds / (10 * blocks), float(np.mean(accuracies))
+    with ray_cluster() as cluster, tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        with Pool(cluster, Workspace, (dataset, Context(store), "cpu")) as pool:
+            outcomes = pool.map(Workspace.perform, tasks)
+            usage = pool.usage
+        assert not any(outcome.error for outcome in outcomes)
+        whole = [Task("block", campaign, block).object_name for block in range(blocks)]
+        accuracy = float(np.mean([unpack(store, name)["in_accuracy"].mean() for name in whole]))
+    training = sum(outcome.training_seconds for outcome in outcomes)
+    return Measured(usage.span_seconds / len(tasks), accuracy, training / usage.worker_seconds, training / len(tasks))
 
 
 def main() -> None:
-    import tempfile
-
     study = RECIPES["digits"].function()
     dataset = study.data.entry({}, study.data.options)
-    models, rivals = (int(word) for word in (*sys.argv[1:], "80", "8")[:2])
-    with ray_cluster() as cluster, tempfile.TemporaryDirectory() as folder:
-        ours, fit = pooled(study, dataset, cluster, folder, models // 10)
-    plain, plain_fit = plain_loop(study, dataset, rivals)
-    print(f"pool of {cluster.workers}: {3600 / ours:.0f} models per hour ({models} models, subset accuracy {fit:.4f})")
-    print(f"plain loop: {3600 / plain:.0f} models per hour ({rivals} models, subset accuracy {plain_fit:.4f})")
-    print(f"ratio {plain / ours:.1f}")
+    models, rivals, rounds = (int(word) for word in (*sys.argv[1:], "80", "8", "3")[:3])
+    ours, plain = [], []
+    for _ in range(rounds):
+        ours.append(pooled(study, dataset, models // 10))
+        plain.append(plain_loop(study, dataset, rivals))
+    ratios = sorted(rival / own.seconds for own, (rival, _) in zip(ours, plain, strict=True))
+    print(
+        f"pool of {os.cpu_count()}: {3600 / median(own.seconds for own in ours):.0f} models per hour "
+        f"({rounds} rounds of {models} models, subset accuracy {ours[0].accuracy:.4f})"
+    )
+    print(
+        f"plain loop: {3600 / median(rival for rival, _ in plain):.0f} models per hour "
+        f"({rounds} rounds of {rivals} models, subset accuracy {plain[0][1]:.4f})"
+    )
+    print(f"ratio {median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    training = study.training.model_copy(update={"epochs": 4 * study.training.epochs})
+    longer = study.model_copy(update={"training": training})
+    used = pooled(longer, dataset, max(1, models // 20))
+    print(
+        f"utilisation: {used.utilisation:.1%} of worker-seconds in training and prediction, "
+        f"with models of {used.training_seconds:.1f} s; {median(own.utilisation for own in ours):.1%} with models of "
+        f"{median(own.training_seconds for own in ours):.1f} s"
+    )
 
 
 if __name__ == "__main__":
