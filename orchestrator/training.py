@@ -128,6 +128,15 @@ def augmented(images: Tensor, augment: Augment, generator: torch.Generator) -> T
     return resampled(images, *box, flips=flips)
 
 
+def _optimizer(
+    parameters: Sequence[nn.Parameter], training: Training, device: torch.device
+) -> torch.optim.Optimizer | Descent:
+    rate, momentum, decay = training.learning_rate, training.momentum, training.weight_decay
+    if device.type == "cuda":  # one kernel for all parameters
+        return torch.optim.SGD(parameters, lr=rate, momentum=momentum, weight_decay=decay, fused=True)
+    return Descent(parameters, lr=rate, momentum=momentum, weight_decay=decay)
+
+
 def _sent(drawn: Tensor, device: torch.device) -> Tensor:
     """What was drawn on the CPU, on the device; no step waits for the copy, nor the copy for the steps before it."""
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn
@@ -209,13 +218,7 @@ def fit(
     train_mode(model, mask)
     step = num_steps = 0
     with _Restraint(model, mask) as restrained:
-        optimizer = (torch.optim.SGD if device.type == "cuda" else Descent)(
-            restrained.parameters,
-            lr=training.learning_rate,
-            momentum=training.momentum,
-            weight_decay=training.weight_decay,
-            fused=device.type == "cuda" or None,  # one kernel for all parameters
-        )
+        optimizer = _optimizer(restrained.parameters, training, device)
         for epoch in range(training.epochs):
             data = examples(epoch) if callable(examples) else examples
             phases = [Phase(data, objective)] if isinstance(data, Examples) else data
