@@ -26,6 +26,7 @@ class Tables:
     memorization: pl.DataFrame
     campaigns: pl.DataFrame
     proxies: pl.DataFrame
+    exact: pl.DataFrame
     examples: pl.DataFrame
     series: pl.DataFrame
     costs: pl.DataFrame

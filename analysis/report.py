@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from analysis import costs, figures, paper, proxies, refinement, tables
+from analysis import costs, exact, figures, paper, proxies, refinement, tables
 from analysis.load import Tables, load
 from orchestrator.registry import InputError
 
@@ -103,6 +103,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         "pairing": _pairing(runs),
         "scores": [_scores(read, key) for key in _scores_of(read)],
         "proxies": _proxies(read),
+        "exact": [_exact(part) for part in exact.comparisons(read)],
         "refinement": None,
         "costs": _costs(read),
         "failed": _failed(tables.failed_of_sweep(read, sweep)) if sweep else [],
@@ -263,6 +264,16 @@ def _refinement(read: Tables, sweep: str) -> dict[str, Any] | None:
         ],
         "contrast_columns": refinement.CONTRAST_HEADINGS,
         "contrasts": [refinement.contrast_cells(line) for line in contrasts.to_dicts()],
+    }
+
+
+def _exact(part: exact.Comparison) -> dict[str, Any]:
+    return {
+        "title": part.title,
+        "remarks": exact.remarks(part),
+        "figure": None if part.scores_key is None else _embed(exact.figure(part)),
+        "columns": exact.headings(part),
+        "lines": [exact.cells(line) for line in part.lines],
     }
 
 

@@ -115,27 +115,39 @@ def memorize(
         float | None, typer.Option(min=0, max=1, help="Grow until the halves' rank correlation is at least this.")
     ] = None,
     budget_hours: Annotated[float | None, typer.Option(min=0, help="Grow for at most so many hours.")] = None,
+    exact: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INDICES",
+            help="Train with and without single examples instead: 12,57,300, a file of indices, or by the campaign's "
+            "scores top:N (highest), spread:N (even over ranks) or range:N (even over values).",
+        ),
+    ] = None,
+    exact_seeds: Annotated[int, typer.Option(min=2, help="Models with all examples, and without each one.")] = 20,
 ) -> None:
     """Train subset models on Ray and store Feldman-Zhang memorization scores with intervals."""
+    from jobs import exact as exact_job
     from jobs import memorize as job
     from jobs.session import Options
 
     chosen = [*(assignments or ()), *([f"campaign.models={models}"] if models is not None else [])]
-    job.run(
-        Options(
-            recipe,
-            chosen,
-            storage,
-            tracking_uri,
-            workers,
-            gpus_per_worker,
-            address,
-            plugin or (),
-            dry_run,
-            compile,
-        ),
-        job.Goal(models, target_se, target_split_half, budget_hours),
+    options = Options(
+        recipe,
+        chosen,
+        storage,
+        tracking_uri,
+        workers,
+        gpus_per_worker,
+        address,
+        plugin or (),
+        dry_run,
+        compile,
     )
+    goal = job.Goal(models, target_se, target_split_half, budget_hours)
+    if exact is None:
+        job.run(options, goal)
+    else:
+        exact_job.run(options, exact, exact_seeds, goal)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from analysis import costs as analysis
 from jobs import work
 from jobs.progress import console
 from jobs.session import Options, existing_store, open_session
-from orchestrator import costs, results
+from orchestrator import costs, exact, results
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.store import Store
 
@@ -40,6 +40,8 @@ def run(options: Options) -> None:
         models[campaign] += BLOCK_SIZE if folder == "blocks" else whole not in stored
     for campaign, count in models.items():
         console.print(f"campaign {campaign[:8]}: {count} subset models", highlight=False)
+    if singles := len(store.names(exact.SINGLES_FOLDER)):
+        console.print(f"exact scores: {singles} models, on all examples or all but one", highlight=False)
     seconds = sum(results.get_row(store, name).provenance["seconds"] for name in present)
     console.print(f"{len(present)} runs, {seconds:.0f} s of training in them", highlight=False)
     stretches = costs.get_stretches(store)

@@ -31,6 +31,7 @@ from orchestrator.study import CAMPAIGN
 
 NAMES = {
     "model": "subset models",
+    "single": "models for exact scores",
     "original": "originals",
     "proxies": "proxies",
     "run": "references",

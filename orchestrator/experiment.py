@@ -19,15 +19,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from orchestrator import pipeline, results
+from orchestrator import exact, pipeline, results
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset, Splits
 from orchestrator.localization import Scores, rank
 from orchestrator.memorization import BLOCK_SIZE, block_membership
-from orchestrator.metrics import METRICS
 from orchestrator.models import head_names
 from orchestrator.pipeline import Finished, Lab, split_examples, steady
 from orchestrator.registry import InputError, Plugin, load_plugin
+from orchestrator.rows import make_row
 from orchestrator.seeds import generator, numpy_generator
 from orchestrator.specs import (
     CampaignSpec,
@@ -37,6 +37,7 @@ from orchestrator.specs import (
     ProxiesSpec,
     RunSpec,
     ScoresSpec,
+    SingleSpec,
     StageSpec,
     StandInSpec,
     key,
@@ -64,19 +65,19 @@ def forget_indices(dataset: Dataset, spec: ForgetSpec, scores: np.ndarray | None
 
 # ---- tasks ---------------------------------------------------------------------------------------------------------
 
-Kind = Literal["model", "block", "original", "proxies", "localization", "run"]
+Kind = Literal["model", "block", "single", "original", "proxies", "localization", "run"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A unit of work: one subset model, one original, one localization, or one run.
+    """A unit of work: one subset model, one single training for exact scores, one original, localization or run.
 
     Ten subset models make a block, which the worker that finishes the last of them puts together: a block is what a
     campaign consists of, and its models are what workers are given.
     """
 
     kind: Kind
-    spec: CampaignSpec | OriginalSpec | ProxiesSpec | LocalizationSpec | RunSpec
+    spec: CampaignSpec | SingleSpec | OriginalSpec | ProxiesSpec | LocalizationSpec | RunSpec
     block: int = 0
     member: int = 0
 
@@ -89,6 +90,8 @@ class Task:
             return f"{self.spec.strategy.name} on {self.spec.forget.rule.name}"
         if isinstance(self.spec, CampaignSpec):
             return f"{self.member} of block {self.block}"
+        if isinstance(self.spec, SingleSpec):
+            return f"{exact.side(self.spec)}, seed {self.spec.seed}"
         return f"seed {(self.spec.original if isinstance(self.spec, ProxiesSpec) else self.spec).seed}"
 
     @property
@@ -105,6 +108,7 @@ class Task:
         return {
             "model": f"{parts_of(name, self.block)}/{self.member}.safetensors",
             "block": f"campaigns/{name}/blocks/{self.block}.safetensors",
+            "single": exact.single_object(name),
             "original": f"models/{name}.safetensors",
             "localization": f"localizations/{name}.safetensors",
             "run": f"rows/{name}.json",
@@ -234,6 +238,12 @@ class Workspace:
             self.store.put(whole, results.pack({"membership": self._membership(spec, block), **arrays}, metadata))
         for name in names:
             self.store.delete(name)
+
+    def _single(self, task: Task) -> int:
+        assert isinstance(task.spec, SingleSpec)
+        with self._timed():
+            exact.train(self.lab, self.store, task.spec)
+        return 1
 
     def _original(self, task: Task) -> int:
         assert isinstance(task.spec, OriginalSpec)
@@ -396,20 +406,6 @@ class Workspace:
 def plain_stage(stage: StageSpec) -> PlainStage:
     """A stage in plain values."""
     return PlainStage(stage.method, None if stage.mask is None else StageMask(**dict(stage.mask)))
-
-
-def make_row(name: str, spec: RunSpec, finished: Finished, provenance: Mapping[str, Any]) -> results.Row:
-    """The row of a finished run, its metrics computed from the outputs."""
-    return results.Row(
-        key=name,
-        spec=spec.model_dump(mode="json"),
-        metrics={metric: METRICS[metric]({"outputs": finished.outputs}, {}) for metric in METRICS},
-        metric_versions={metric: METRICS[metric].version for metric in METRICS},
-        series=finished.series,
-        measurements=finished.measurements,
-        layers=finished.layers,
-        provenance=provenance,
-    )
 
 
 def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:

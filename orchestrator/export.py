@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from orchestrator import costs, results
+from orchestrator import costs, exact, results
 from orchestrator.data import Outputs
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
@@ -50,6 +50,7 @@ def export(store: Store) -> str:
     tables["memorization"] = _scores_table(store, "memorization", ".parquet")
     tables["campaigns"] = pa.Table.from_pylist(list(campaign_lines(store)), schema=TABLES["campaigns"])
     tables["proxies"] = _proxies_table(store)
+    tables["exact"] = _exact_table(store)
     stretches = costs.get_stretches(store)
     tables["costs"] = pa.Table.from_pylist(list(costs.cost_lines(stretches)), schema=TABLES["costs"])
     tables["workers"] = pa.Table.from_pylist(list(costs.worker_lines(stretches)), schema=TABLES["workers"])
@@ -276,6 +277,18 @@ def _proxies_table(store: Store) -> pa.Table:
             }
             parts.append(pa.table(columns).cast(schema))
     return pa.concat_tables(parts) if parts else schema.empty_table()
+
+
+def _exact_table(store: Store) -> pa.Table:
+    """The table `exact`: one line per asked set of examples, estimator and example."""
+    parts, schema = [], TABLES["exact"]
+    for name in store.names(exact.TABLES_FOLDER):
+        table = results.get_table(store, f"{exact.TABLES_FOLDER}/{name}")
+        facts = json.loads((table.schema.metadata or {})[b"facts"])
+        columns = {"exact_key": name.removesuffix(".parquet"), **facts}
+        filled = {column: pa.array([columns[column]] * len(table)) for column in schema.names if column in columns}
+        parts.append(pa.table({**filled, **dict(zip(table.column_names, table.columns, strict=True))}))
+    return pa.concat_tables([part.select(schema.names).cast(schema) for part in parts] or [schema.empty_table()])
 
 
 def _scores_table(store: Store, table: str, suffix: str) -> pa.Table:

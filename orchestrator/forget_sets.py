@@ -91,23 +91,26 @@ def whole_class(labels: np.ndarray, class_names: Sequence[str], *, label: str) -
 @FORGET_SETS
 def file(labels: np.ndarray, files: Callable[[str], bytes], *, path: Annotated[str, File()]) -> np.ndarray:
     """A user's own training indices, from 0: text, CSV or Parquet (column `index`, or the only one) or npy."""
-    indices = _parsed(path, files(path))
+    return checked_indices(parse_indices(path, files(path)), len(labels), f"forget file {path!r}")
+
+
+def checked_indices(indices: np.ndarray, total: int, what: str) -> np.ndarray:
+    """Sorted training indices; InputError naming `what` holds others than distinct ones, fewer than `total`."""
     if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
-        raise InputError(
-            f"forget file {path!r} holds {indices.dtype} {indices.shape}; allowed: a list of whole numbers"
-        )
-    outside = indices[(indices < 0) | (indices >= len(labels))]
+        raise InputError(f"{what} holds {indices.dtype} {indices.shape}; allowed: a list of whole numbers")
+    outside = indices[(indices < 0) | (indices >= total)]
     if len(outside):
-        raise InputError(f"forget file {path!r} has the index {outside[0]}; allowed: 0 to {len(labels) - 1}")
+        raise InputError(f"{what} has the index {outside[0]}; allowed: 0 to {total - 1}")
     values, counts = np.unique(indices, return_counts=True)
     if len(values) < len(indices):
-        raise InputError(f"forget file {path!r} has the index {values[counts > 1][0]} twice; allowed: distinct indices")
-    if not 0 < len(values) < len(labels):
-        raise InputError(f"forget file {path!r} has {len(values)} indices; allowed: 1 to {len(labels) - 1}")
+        raise InputError(f"{what} has the index {values[counts > 1][0]} twice; allowed: distinct indices")
+    if not 0 < len(values) < total:
+        raise InputError(f"{what} has {len(values)} indices; allowed: 1 to {total - 1}")
     return values.astype(np.int64)
 
 
-def _parsed(path: str, content: bytes) -> np.ndarray:
+def parse_indices(path: str, content: bytes) -> np.ndarray:
+    """What a file of indices holds, unchecked; InputError where it cannot be read."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 

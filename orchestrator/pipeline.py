@@ -161,6 +161,39 @@ def train_subset_model(
     }
 
 
+def train_single(lab: Lab, model: Choice, training: Training, left_out: int | None, seed: int) -> dict[str, np.ndarray]:
+    """Train a model on the whole training set, or on all of it but one example.
+
+    Returns whether it is right (bool) and the given label's probability (float32) for every training example, or for
+    the one left out alone; and as float64 its accuracy on what it was trained on, on test, and its seconds.
+    Both sides take the same number of full batches. Their streams have nothing in common, nor with any other model's:
+    the intervals take the sides for independent, and a shared seed would hardly make them vary together, since one
+    example fewer changes every batch (DESIGN.md, section 12; Jordan 2023, arXiv 2304.01910).
+    """
+    train, test = lab.examples("train"), lab.examples("test")
+    stream = generator(seed, "exact with") if left_out is None else generator(seed, "exact without", left_out)
+    seen = np.arange(len(train)) if left_out is None else np.delete(np.arange(len(train)), left_out)
+    start = time.perf_counter()
+    made = lab.fresh(model)(stream)
+    examples = train.take(seen).augmented(training.augment)
+    num_batches = max(1, (len(train) - 1) // training.batch_size)
+    fit(made, examples, training=training, generator=stream, num_batches=num_batches)
+    outputs, test_outputs = (
+        SplitOutputs(half(predict(made, part)), labels, labels)
+        for part in (train, test)
+        for labels in [part.labels.cpu().numpy()]
+    )
+    right = outputs.predictions == outputs.labels
+    kept = slice(None) if left_out is None else slice(left_out, left_out + 1)
+    return {
+        "correct": right[kept],
+        "probability": outputs.confidences[kept].astype(np.float32),
+        "accuracy": np.array(right[seen].mean()),
+        "test_accuracy": np.array((test_outputs.predictions == test_outputs.labels).mean()),
+        "seconds": np.array(time.perf_counter() - start),
+    }
+
+
 def split_examples(lab: Lab, forget: np.ndarray) -> Splits:
     """The training set, and its parts to forget and to retain."""
     train = lab.examples("train")

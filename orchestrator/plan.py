@@ -188,7 +188,7 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
 
 
 def _present(store: Store) -> frozenset[str]:
-    folders = ("campaigns", "models", "localizations", "proxies", "rows", "scores")
+    folders = ("campaigns", "exact", "models", "localizations", "proxies", "rows", "scores")
     return frozenset(f"{folder}/{name}" for folder in folders for name in store.names(folder))
 
 

@@ -118,12 +118,13 @@ TABLES: Mapping[str, pa.Schema] = {
             ("true_label_name", _S, False),
             ("png", pa.binary(), False),
         ],
-        "series": [
-            ("key", _S, False),
-            ("metric", _S, False),
-            ("epoch", _I, False),
-            ("value", _F, False),
+        "exact": [
+            *((name, _S, False) for name in ("exact_key", "setting", "selection", "estimator")),
+            *((name, _I, False) for name in ("index", "label", "true_label", "num_in", "num_out")),
+            *((name, _F, False) for name in ("in_mean", "out_mean", "score", "standard_error", "low", "high")),
+            *((name, _F, False) for name in ("accuracy", "test_accuracy", "model_seconds")),
         ],
+        "series": [("key", _S, False), ("metric", _S, False), ("epoch", _I, False), ("value", _F, False)],
         **costs.COLUMNS,
     }.items()
 }

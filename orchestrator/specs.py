@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from orchestrator.data import DATASETS, Augment
 from orchestrator.forget_sets import FORGET_SETS
@@ -158,6 +158,36 @@ class OriginalSpec(Spec):
 
     setting: Setting
     seed: int
+
+
+class SingleSpec(Spec):
+    """One training for exact scores: on the whole training set, or on all but the example left out."""
+
+    setting: Setting
+    left_out: int | None = Field(ge=0)
+    seed: int = Field(ge=0)
+
+
+class ExactSpec(Spec):
+    """Exact scores of some training examples, from `seeds` trainings with all examples and as many without each one."""
+
+    setting: Setting
+    indices: tuple[int, ...]
+    seeds: int = Field(ge=2)
+
+    @field_validator("indices")
+    @classmethod
+    def _sorted(cls, indices: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(indices))
+
+    @property
+    def singles(self) -> list[SingleSpec]:
+        """The trainings; those with all examples serve every one."""
+        return [
+            SingleSpec(setting=self.setting, left_out=left_out, seed=seed)
+            for left_out in (None, *self.indices)
+            for seed in range(self.seeds)
+        ]
 
 
 class ProxiesSpec(Spec):
