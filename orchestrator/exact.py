@@ -64,7 +64,7 @@ def select(text: str, total: int, scores: Callable[[], np.ndarray]) -> tuple[int
     `scores` gives what a rule goes by, float64 [total]. Raises InputError for anything else, and for indices that are
     not distinct ones of the `total` training examples.
     """
-    rule, _, number = text.partition(":")
+    what, (rule, _, number) = f"--exact {text}", text.partition(":")
     if by_scores(text):
         if not number.isdecimal() or not 0 < int(number) < total:
             raise InputError(f"--exact is {text!r}; allowed: {rule}:N with N from 1 to {total - 1}")
@@ -75,11 +75,11 @@ def select(text: str, total: int, scores: Callable[[], np.ndarray]) -> tuple[int
             raise InputError(f"--exact is {text!r}; allowed: training indices such as 12,57,300")
         found = np.array([int(word) for word in words], dtype=np.int64)
     elif Path(text).is_file():
-        found = parse_indices(text, Path(text).read_bytes())
+        found = parse_indices(text, Path(text).read_bytes(), what)
     else:
         rules = ", ".join(f"{name}:N" for name in RULES)
         raise InputError(f"--exact is {text!r}; allowed: training indices such as 12,57,300, a file of them, {rules}")
-    return tuple(int(index) for index in checked_indices(found, total, f"--exact {text}"))
+    return tuple(int(index) for index in checked_indices(found, total, what))
 
 
 # ---- single trainings ----------------------------------------------------------------------------------------------

@@ -91,11 +91,12 @@ def whole_class(labels: np.ndarray, class_names: Sequence[str], *, label: str) -
 @FORGET_SETS
 def file(labels: np.ndarray, files: Callable[[str], bytes], *, path: Annotated[str, File()]) -> np.ndarray:
     """A user's own training indices, from 0: text, CSV or Parquet (column `index`, or the only one) or npy."""
-    return checked_indices(parse_indices(path, files(path)), len(labels), f"forget file {path!r}")
+    what = f"forget file {path!r}"
+    return checked_indices(parse_indices(path, files(path), what), len(labels), what)
 
 
 def checked_indices(indices: np.ndarray, total: int, what: str) -> np.ndarray:
-    """Sorted training indices; InputError naming `what` holds others than distinct ones, fewer than `total`."""
+    """Sorted training indices; InputError naming `what` where they are not distinct ones, fewer than `total`."""
     if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
         raise InputError(f"{what} holds {indices.dtype} {indices.shape}; allowed: a list of whole numbers")
     outside = indices[(indices < 0) | (indices >= total)]
@@ -109,8 +110,8 @@ def checked_indices(indices: np.ndarray, total: int, what: str) -> np.ndarray:
     return values.astype(np.int64)
 
 
-def parse_indices(path: str, content: bytes) -> np.ndarray:
-    """What a file of indices holds, unchecked; InputError where it cannot be read."""
+def parse_indices(path: str, content: bytes, what: str) -> np.ndarray:
+    """What a file of indices holds, unchecked; InputError naming `what` where it cannot be read."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 
@@ -121,10 +122,10 @@ def parse_indices(path: str, content: bytes) -> np.ndarray:
         if path.endswith((".parquet", ".csv")):
             source = pa.BufferReader(content)
             if path.endswith(".parquet"):
-                return _only_column(parquet.read_table(source), path)
+                return _only_column(parquet.read_table(source), what)
             first = content.decode().partition("\n")[0].split(",")
             headed = csv.ReadOptions(autogenerate_column_names=all(_is_number(cell) for cell in first))
-            return _only_column(csv.read_csv(source, headed), path)
+            return _only_column(csv.read_csv(source, headed), what)
         words = content.decode("utf-8-sig").split()
         if wrong := [word for word in words if not _is_number(word)]:
             raise ValueError(f"{wrong[0]!r} is not a whole number")
@@ -133,20 +134,16 @@ def parse_indices(path: str, content: bytes) -> np.ndarray:
         if isinstance(error, InputError):
             raise
         reason = str(error).split("\n", 1)[0]
-        raise InputError(
-            f"forget file {path!r} cannot be read: {reason}; allowed: numbers in text, .csv, .parquet or .npy"
-        ) from None
+        raise InputError(f"{what} cannot be read: {reason}; allowed: numbers in text, .csv, .parquet or .npy") from None
 
 
 def _is_number(text: str) -> bool:
     return text.strip().strip('"').removeprefix("-").isdecimal()
 
 
-def _only_column(table: Any, path: str) -> np.ndarray:
+def _only_column(table: Any, what: str) -> np.ndarray:
     if "index" not in table.column_names and len(table.column_names) != 1:
-        raise InputError(
-            f"forget file {path!r} has the columns {', '.join(table.column_names)}; name one of them index"
-        )
+        raise InputError(f"{what} has the columns {', '.join(table.column_names)}; name one of them index")
     column: np.ndarray = table["index" if "index" in table.column_names else 0].to_numpy()
     return column
 
