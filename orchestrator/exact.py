@@ -121,9 +121,10 @@ def put_scores(store: Store, spec: ExactSpec, dataset: Dataset, selection: str =
     membership = np.repeat([True, False], seeds)[:, None] & np.ones(len(chosen), dtype=bool)
 
     def outcomes(part: str) -> np.ndarray:
-        with_all = np.stack([single[part][chosen] for single in singles[:seeds]])
-        without = np.stack([single[part][0] for single in singles[seeds:]]).reshape(len(chosen), seeds).T
-        return np.concatenate([with_all, without])
+        rounds = [singles[start : start + 1 + len(chosen)] for start in range(0, len(singles), 1 + len(chosen))]
+        with_all = [first[part][chosen] for first, *_ in rounds]
+        without = [[single[part][0] for single in rest] for _, *rest in rounds]
+        return np.array([*with_all, *without])
 
     tallied: dict[str, Tallied] = {
         "correctness": count(membership, outcomes("correct")),

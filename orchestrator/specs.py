@@ -182,11 +182,11 @@ class ExactSpec(Spec):
 
     @property
     def singles(self) -> list[SingleSpec]:
-        """The trainings; those with all examples serve every one."""
+        """The trainings, seed by seed: the first of each has all examples, and serves every one of them."""
         return [
             SingleSpec(setting=self.setting, left_out=left_out, seed=seed)
-            for left_out in (None, *self.indices)
             for seed in range(self.seeds)
+            for left_out in (None, *self.indices)
         ]
 
 

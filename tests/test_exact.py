@@ -21,10 +21,12 @@ from orchestrator.data import Dataset
 from orchestrator.experiment import Context, Task, Workspace
 from orchestrator.models import MODELS
 from orchestrator.pipeline import Lab
+from orchestrator.recipes import RECIPES
 from orchestrator.registry import Chosen, InputError
 from orchestrator.specs import ExactSpec, Model, Setting, SingleSpec, TrainingSpec, key
 from orchestrator.store import Store
 from orchestrator.training import Training
+from tests import golden
 from tests.commands import run
 
 SIZE, CLASSES = 12, 3
@@ -163,6 +165,13 @@ def test_more_seeds_or_examples_reuse_what_is_there_and_equal_having_asked_at_on
     tables = [results.get_table(store, f"{exact.TABLES_FOLDER}/{name}.parquet") for store in (grown, whole)]
     assert tables[0].equals(tables[1])
     assert tables[0].num_rows == 6
+
+
+def test_the_key_of_a_training_holds() -> None:
+    """A key that changes makes every stored training a stranger."""
+    setting = RECIPES["digits"].function().setting(golden.FINGERPRINT)
+    assert key(SingleSpec(setting=setting, left_out=None, seed=0)) == "f08184c67c07b139e4f03d14e77a303b"
+    assert key(SingleSpec(setting=setting, left_out=7, seed=1)) == "c941980660056ac1cf3c0d693bee4eb5"
 
 
 def test_a_training_that_fails_is_an_attempt_that_says_which(dataset: Dataset, tmp_path: Path) -> None:
