@@ -7,7 +7,7 @@ from rich.console import Console
 
 from analysis import exact as analysis
 from analysis import load
-from jobs import work
+from jobs import ledger, work
 from jobs.memorize import Goal
 from jobs.progress import console
 from jobs.report import exports
@@ -37,8 +37,9 @@ def run(options: Options, asked: str, seeds: int, goal: Goal) -> None:
     cost = work.Cost(cached=len(tasks) - len(missing))
     if missing:
         with work.cluster_of(session) as cluster:
-            inputs = (session.dataset, session.context, work.device_of(cluster))
-            with Pool(cluster, Workspace, inputs) as pool:
+            inputs = work.inputs_of(session, cluster, len(missing))
+            book = ledger.Ledger(session, cluster, ledger.stretch_of(session, None))
+            with Pool(cluster, Workspace, inputs) as pool, work.keeping(book, cost, pool.usage.startup_seconds):
                 console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s", highlight=False)
                 work.perform(session, pool, missing, cost)
     if not cost.failures:

@@ -168,16 +168,16 @@ def train_single(lab: Lab, model: Choice, training: Training, left_out: int | No
     the one left out alone; and as float64 its accuracy on what it was trained on, on test, and its seconds.
     Both sides take the same number of full batches. Their streams have nothing in common, nor with any other model's:
     the intervals take the sides for independent, and a shared seed would hardly make them vary together, since one
-    example fewer changes every batch (DESIGN.md, section 12; Jordan 2023, arXiv 2304.01910).
+    example fewer changes every batch, and training is sensitive to any change (Jordan 2023, arXiv 2304.01910).
     """
     train, test = lab.examples("train"), lab.examples("test")
     stream = generator(seed, "exact with") if left_out is None else generator(seed, "exact without", left_out)
     seen = np.arange(len(train)) if left_out is None else np.delete(np.arange(len(train)), left_out)
     start = time.perf_counter()
-    made = lab.fresh(model)(stream)
+    made, objective = lab.subset_model(model, training, stream)
     examples = train.take(seen).augmented(training.augment)
     num_batches = max(1, (len(train) - 1) // training.batch_size)
-    fit(made, examples, training=training, generator=stream, num_batches=num_batches)
+    fit(made, examples, training=training, generator=stream, num_batches=num_batches, objective=objective)
     outputs, test_outputs = (
         SplitOutputs(half(predict(made, part)), labels, labels)
         for part in (train, test)
