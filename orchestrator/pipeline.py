@@ -172,24 +172,20 @@ def train_single(lab: Lab, model: Choice, training: Training, left_out: int | No
     """
     train, test = lab.examples("train"), lab.examples("test")
     stream = generator(seed, "exact with") if left_out is None else generator(seed, "exact without", left_out)
-    seen = np.arange(len(train)) if left_out is None else np.delete(np.arange(len(train)), left_out)
+    seen = np.flatnonzero(np.arange(len(train)) != (-1 if left_out is None else left_out))
     start = time.perf_counter()
     made, objective = lab.subset_model(model, training, stream)
     examples = train.take(seen).augmented(training.augment)
     num_batches = max(1, (len(train) - 1) // training.batch_size)
     fit(made, examples, training=training, generator=stream, num_batches=num_batches, objective=objective)
-    outputs, test_outputs = (
-        SplitOutputs(half(predict(made, part)), labels, labels)
-        for part in (train, test)
-        for labels in [part.labels.cpu().numpy()]
-    )
-    right = outputs.predictions == outputs.labels
-    kept = slice(None) if left_out is None else slice(left_out, left_out + 1)
+    labels, test_logits = train.labels.cpu().numpy(), half(predict(made, test))
+    outputs = SplitOutputs(half(predict(made, train)), labels, labels)
+    right, kept = outputs.predictions == labels, slice(left_out, None if left_out is None else left_out + 1)
     return {
         "correct": right[kept],
         "probability": outputs.confidences[kept].astype(np.float32),
         "accuracy": np.array(right[seen].mean()),
-        "test_accuracy": np.array((test_outputs.predictions == test_outputs.labels).mean()),
+        "test_accuracy": np.array((test_logits.argmax(axis=1) == test.labels.cpu().numpy()).mean()),
         "seconds": np.array(time.perf_counter() - start),
     }
 
