@@ -16,12 +16,11 @@ from functools import partial
 
 from jobs.progress import console
 from jobs.session import Session
-from orchestrator import costs, results, tracking
-from orchestrator import plan as planning
+from orchestrator import campaigns, costs, results, tracking
+from orchestrator.campaigns import ScoresSummary, Tally
 from orchestrator.costs import Outcome, Point, Stretch
 from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE
-from orchestrator.plan import ScoresSummary, Tally
 from orchestrator.pool import Cluster
 from orchestrator.specs import CampaignSpec, key
 from orchestrator.store import Store
@@ -215,7 +214,7 @@ class Ledger:
         """The scores of what was read, stored; None where blocks are missing that were asked for."""
         if self.tally is None or not self.tally.can_estimate or self.tally.blocks < self.fewest:
             return None
-        return planning.put_scores(self.tally)
+        return campaigns.put_scores(self.tally)
 
 
 def artifacts(store: Store, scores_key: str | None) -> dict[str, bytes]:

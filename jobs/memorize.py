@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from jobs import ledger, work
 from jobs.progress import console
 from jobs.session import Options, Session, open_session
-from orchestrator import plan as planning
+from orchestrator import campaigns
+from orchestrator.campaigns import ScoresSummary, Tally
 from orchestrator.experiment import Task, Workspace
 from orchestrator.memorization import BLOCK_SIZE
-from orchestrator.plan import ScoresSummary, Tally
 from orchestrator.pool import Cluster, Pool
 from orchestrator.registry import InputError
 
@@ -62,7 +62,7 @@ def run(options: Options, goal: Goal = Goal()) -> None:
             work.prepare(session, cluster, lambda plan: plan.blocks(), cost)
     if not cost.failures:
         spec = session.study.scores_spec(session.dataset.fingerprint)
-        summary = planning.scores(session.store, spec, session.dataset)
+        summary = campaigns.scores(session.store, spec, session.dataset)
         work.print_scores(summary)
         if not cost.outcomes:
             ledger.found(session, summary)
@@ -87,7 +87,7 @@ def _grow(session: Session, goal: Goal) -> None:
         with work.cluster_of(session) as cluster:
             reason = _rounds(session, cluster, goal, tally, most, begin, cost)
     if tally.can_estimate:
-        work.print_scores(planning.put_scores(tally, stopping=goal.met(tally.summary())))
+        work.print_scores(campaigns.put_scores(tally, stopping=goal.met(tally.summary())))
         console.print(
             f"stopped at {BLOCK_SIZE * tally.blocks} models: {reason}. "
             f"Use them with --set campaign.models={BLOCK_SIZE * tally.blocks}",

@@ -19,12 +19,13 @@ from jobs.gpus import shared
 from jobs.ledger import Ledger
 from jobs.progress import bars, console
 from jobs.session import Session
+from orchestrator import campaigns
 from orchestrator import plan as planning
+from orchestrator.campaigns import ScoresSummary
 from orchestrator.compiled import pays
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
-from orchestrator.plan import ScoresSummary
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
 from orchestrator.study import CAMPAIGN
@@ -127,7 +128,7 @@ def _ledger_of(session: Session, cluster: Cluster, tasks: Sequence[Task]) -> Led
         return Ledger(session, cluster, ledger.stretch_of(session, None, cluster=cluster))
     campaign = session.study.campaign_spec(session.dataset.fingerprint)
     stretch = ledger.stretch_of(session, campaign, session.plan.campaign_counts()["done"], cluster)
-    tally = planning.Tally(session.store, campaign, session.dataset, session.study.campaign.estimator)
+    tally = campaigns.Tally(session.store, campaign, session.dataset, session.study.campaign.estimator)
     return Ledger(session, cluster, stretch, tally)
 
 
@@ -237,7 +238,7 @@ def campaign_scores(session: Session) -> ScoresSummary | None:
     plan = session.plan.against(session.store)
     if plan.missing(plan.blocks()):
         return None
-    return planning.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)
+    return campaigns.scores(session.store, session.study.scores_spec(session.dataset.fingerprint), session.dataset)
 
 
 def print_scores(summary: ScoresSummary) -> None:

@@ -21,10 +21,10 @@ from jobs import ledger, track
 from jobs.ledger import Ledger
 from jobs.session import Options, Session, open_session
 from orchestrator import costs, results, tracking
+from orchestrator.campaigns import Tally
 from orchestrator.costs import Outcome, Stretch
 from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE, block_membership
-from orchestrator.plan import Tally
 from orchestrator.pool import Cluster
 from orchestrator.registry import InputError
 from orchestrator.seeds import numpy_generator

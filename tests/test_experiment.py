@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator import export, results
+from orchestrator import campaigns, export, results
 from orchestrator import plan as planning
 from orchestrator.costs import Outcome
 from orchestrator.data import DATASETS, Dataset, Examples, Outputs
@@ -376,7 +376,7 @@ def test_both_kinds_of_scores_come_from_the_same_block(dataset: Dataset, tmp_pat
     correct = (arrays["train"].argmax(axis=2) == labels).astype(float)
     for estimator, values in (("correctness", correct), ("probability", probability)):
         spec = ScoresSpec(campaign=campaign, blocks=1, estimator=estimator)
-        summary = planning.scores(store, spec, dataset)
+        summary = campaigns.scores(store, spec, dataset)
         table = results.get_table(store, f"scores/{key(spec)}.parquet")
         expected = [values[inside[:, i], i].mean() - values[~inside[:, i], i].mean() for i in range(200)]
         assert table.column("score").to_numpy() == pytest.approx(expected)

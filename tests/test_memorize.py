@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jobs.memorize import Goal
-from orchestrator.plan import ScoresSummary
+from orchestrator.campaigns import ScoresSummary
 from tests.benchmarks.stopping import alone, together
 
 SUMMARY = ScoresSummary("k", 20, 1.0, None, 0.9, 0.5, 1.0, standard_error=0.05)

@@ -15,8 +15,8 @@ from scipy.signal import fftconvolve
 from scipy.stats import binom
 
 from jobs.memorize import Goal, growth
+from orchestrator.campaigns import ScoresSummary
 from orchestrator.memorization import BLOCK_SIZE, Counts, MemorizationScores, estimate, split_half_correlation
-from orchestrator.plan import ScoresSummary
 
 QS = (0.05, 0.25, 0.5, 0.75, 0.95)
 GRID = np.array(list(itertools.product(QS, QS))).T  # chances of being right inside and outside
