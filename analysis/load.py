@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from orchestrator.registry import InputError
-from orchestrator.results import SCHEMA_VERSION, TABLES
+from orchestrator.schemas import SCHEMA_VERSION, TABLES
 
 
 @dataclass(frozen=True)
 class Tables:
-    """One export: a frame per table of `orchestrator.results.TABLES`, with the columns given there."""
+    """One export: a frame per table of `orchestrator.schemas.TABLES`, with the columns given there."""
 
     export_id: str
     runs: pl.DataFrame

@@ -13,7 +13,7 @@ from rich.table import Table
 from analysis import load, paper, refinement, report, tables
 from jobs.progress import console
 from jobs.session import existing_store
-from orchestrator import results
+from orchestrator import results, schemas
 from orchestrator.registry import InputError, suggest
 from orchestrator.store import Store
 
@@ -56,7 +56,7 @@ def newest(store: Store, prefix: str | None) -> str | None:
 @contextmanager
 def exports(store: Store) -> Iterator[Path]:
     """The folder of exported tables; a copy where the store is not local."""
-    names = [name for name in results.TABLES if store.exists(f"exports/{name}.parquet")]
+    names = [name for name in schemas.TABLES if store.exists(f"exports/{name}.parquet")]
     if not names:
         raise InputError(f"{store.url('exports')} holds no tables; run `unlearn export --storage {store.root}` first")
     if store.is_local:

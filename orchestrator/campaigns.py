@@ -25,12 +25,13 @@ from orchestrator.memorization import (
     top_overlap,
 )
 from orchestrator.proxies import log_probabilities
+from orchestrator.schemas import TABLES
 from orchestrator.specs import CampaignSpec, Estimator, ScoresSpec, key
 from orchestrator.store import Store
 
 NUM_PICTURES = 25  # images of the most memorized examples kept with the scores, for the report
 
-_SCHEMAS = {name: results.TABLES[name].remove(0) for name in ("memorization", "examples")}
+_SCHEMAS = {name: TABLES[name].remove(0) for name in ("memorization", "examples")}
 
 
 @dataclass(frozen=True)

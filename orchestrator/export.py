@@ -16,7 +16,8 @@ from orchestrator.data import Outputs
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
 from orchestrator.registry import Added, InputError, canonical_json
-from orchestrator.results import TABLES, Attempt, Row, Sweep
+from orchestrator.results import Attempt, Row, Sweep
+from orchestrator.schemas import SCHEMA_VERSION, TABLES
 from orchestrator.specs import ScoresSpec, StandInSpec, key
 from orchestrator.store import Store
 from orchestrator.study import CAMPAIGN
@@ -31,7 +32,7 @@ def export(store: Store) -> str:
     outputs = _LazyOutputs(store)
     metrics = {row.key: metrics_of(store, row, outputs) for row in rows}
     export_id = secrets.token_hex(8)
-    footer = {"export_id": export_id, "schema_version": results.SCHEMA_VERSION}
+    footer = {"export_id": export_id, "schema_version": SCHEMA_VERSION}
     lines: dict[str, Iterable[Mapping[str, Any]]] = {
         "runs": [*map(run_line, rows), *(failed_line(a) for a in failed if a.provenance.get("kind") == "run")],
         "members": member_lines(results.get_sweeps(store)),

@@ -1,4 +1,4 @@
-"""Finished runs: rows, attempts and sweeps in the store, outputs and blocks as bytes, and typed tables of all."""
+"""Finished runs: rows, attempts and sweeps in the store, outputs and blocks as bytes, and tables."""
 
 from __future__ import annotations
 
@@ -17,119 +17,12 @@ import safetensors.numpy
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from orchestrator import costs
 from orchestrator.data import Outputs, SplitOutputs
 from orchestrator.pipeline import REFERENCE, Layer
 from orchestrator.registry import InputError, canonical_json
 from orchestrator.sealed import seal, unseal
 from orchestrator.specs import ForgetSpec, Setting, key
 from orchestrator.store import Store
-
-SCHEMA_VERSION = "3"
-
-_S, _I, _F = pa.string(), pa.int64(), pa.float64()
-TABLES: Mapping[str, pa.Schema] = {
-    name: pa.schema([pa.field(column, kind, nullable) for column, kind, nullable in columns])
-    for name, columns in {
-        "runs": [
-            ("key", _S, False),
-            ("status", _S, False),
-            ("data", _S, False),
-            ("model", _S, False),
-            ("forget_set", _S, False),
-            ("forget_draw", _I, False),
-            ("method", _S, False),
-            ("strategy", _S, True),
-            ("granularity", _S, True),
-            ("budget", _F, True),
-            ("realised_budget", _F, True),
-            ("effective_budget", _F, True),
-            ("learning_rate", _F, True),
-            ("seed", _I, False),
-            ("original_seed", _I, True),
-            ("options", _S, False),
-            ("memorization_key", _S, True),
-            ("steps_ratio", _F, True),
-            ("seconds", _F, True),
-            ("localization_seconds", _F, True),
-            ("moved", _I, True),
-            ("distance", _F, True),
-            ("numerics", _S, True),
-            ("git_commit", _S, True),
-        ],
-        "members": [("sweep", _S, False), ("recipe", _S, False), ("arm", _S, False), ("key", _S, False)],
-        "metrics": [("key", _S, False), ("metric", _S, False), ("split", _S, False), ("value", _F, False)],
-        "comparisons": [
-            ("key", _S, False),
-            ("reference_key", _S, False),
-            ("metric", _S, False),
-            ("split", _S, False),
-            ("value", _F, False),
-        ],
-        "layers": [
-            ("key", _S, False),
-            ("parameter", _S, False),
-            ("entries", _I, False),
-            ("reset", _I, False),
-            ("trainable", _I, False),
-            ("moved", _I, True),
-        ],
-        "memorization": [
-            ("scores_key", _S, False),
-            ("index", _I, False),
-            ("label", _I, False),
-            ("true_label", _I, False),
-            ("in_mean", _F, False),
-            ("out_mean", _F, False),
-            ("score", _F, False),
-            ("standard_error", _F, False),
-            ("low", _F, False),
-            ("high", _F, False),
-            ("num_in", _I, False),
-            ("num_out", _I, False),
-        ],
-        "campaigns": [
-            ("scores_key", _S, False),
-            ("setting", _S, True),
-            ("estimator", _S, False),
-            ("models", _I, False),
-            ("in_accuracy", _F, False),
-            ("hard_in_accuracy", _F, True),
-            ("test_accuracy", _F, False),
-            ("split_half", _F, True),
-            ("top_overlap", _F, True),
-            ("standard_error", _F, True),
-            ("model_seconds", _F, False),
-            ("stopping", _S, True),
-        ],
-        "proxies": [
-            ("proxies_key", _S, False),
-            ("setting", _S, False),
-            ("proxy", _S, False),
-            ("index", _I, False),
-            ("value", _F, False),
-            ("seconds", _F, False),
-            ("training_seconds", _F, False),
-        ],
-        "examples": [
-            ("scores_key", _S, False),
-            ("index", _I, False),
-            ("label_name", _S, False),
-            ("true_label_name", _S, False),
-            ("png", pa.binary(), False),
-        ],
-        "exact": [
-            *((name, _S, False) for name in ("exact_key", "setting", "selection", "estimator")),
-            *((name, _I, False) for name in ("index", "label", "true_label", "num_in", "num_out")),
-            *((name, _F, False) for name in ("in_mean", "out_mean", "score", "standard_error", "low", "high")),
-            *((name, _F, False) for name in ("accuracy", "test_accuracy", "model_seconds")),
-        ],
-        "series": [("key", _S, False), ("metric", _S, False), ("epoch", _I, False), ("value", _F, False)],
-        **costs.COLUMNS,
-    }.items()
-}
-"""The exported tables: name -> schema. `runs` has one line per run, references and identity included; a failed run
-that has no row yet has status `failed`. `memorization` and `examples` have one line per scores key and example."""
 
 
 @dataclass(frozen=True)

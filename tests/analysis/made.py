@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from orchestrator.results import SCHEMA_VERSION, TABLES
+from orchestrator.schemas import SCHEMA_VERSION, TABLES
 
 FORGET_SETS = {"random": 120, "mislabelled": 60, "most_memorized": 60}
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)

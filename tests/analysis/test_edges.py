@@ -17,7 +17,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from analysis import figures, load, paper, report, tables
-from orchestrator.results import SCHEMA_VERSION, TABLES
+from orchestrator.schemas import SCHEMA_VERSION, TABLES
 
 SWEEP, OTHER = "a" * 32, "b" * 32
 

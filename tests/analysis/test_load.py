@@ -11,7 +11,7 @@ import pytest
 
 from analysis.load import Tables, load
 from orchestrator.registry import InputError
-from orchestrator.results import SCHEMA_VERSION, TABLES
+from orchestrator.schemas import SCHEMA_VERSION, TABLES
 from tests.analysis import made
 
 

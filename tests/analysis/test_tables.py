@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from analysis import load, report, tables
 from orchestrator.registry import InputError
-from orchestrator.results import SCHEMA_VERSION, TABLES
+from orchestrator.schemas import SCHEMA_VERSION, TABLES
 
 REFERENCE_ACCURACY = {"r0": 0.50, "r1": 0.60, "r2": 0.70}
 RUN_ACCURACY = {"d0": 0.40, "d1": 0.55, "c0": 0.45, "c1": 0.45, "s0": 0.7, "s1": 0.8}
