@@ -107,6 +107,8 @@ class Ledger:
         if uri := tracking.tracking_uri(store, options.tracking_uri):
             self._tracker = tracking.connect_campaign(uri, store, self.stretch)
             import analysis.figures  # noqa: F401  # here, beside the start of the workers; drawing comes at the end
+        if not self.tally.blocks:
+            self.tally.resume(self.most)
         while self.tally.blocks < self.most and self._next_block() in self.session.plan.present:
             self.tally.add()
         self.stretch = replace(self.stretch, cached_seconds=self.tally.seconds)

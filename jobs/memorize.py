@@ -75,6 +75,8 @@ def _grow(session: Session, goal: Goal) -> None:
     most = (goal.models or MOST_MODELS) // BLOCK_SIZE
     begin, cost = time.monotonic(), work.Cost()
     tally = Tally(session.store, campaign, session.dataset, session.study.campaign.estimator)
+    tally.resume(most)
+    cost.cached += BLOCK_SIZE * tally.blocks
     while tally.blocks < most and Task("block", campaign, tally.blocks).object_name in session.plan.present:
         tally.add()
         cost.cached += BLOCK_SIZE
@@ -123,8 +125,7 @@ def _rounds(
             work.perform(session, pool, session.plan.models(session.plan.missing(blocks)), cost)
             if cost.failures:
                 return "a model failed"
-            while tally.blocks <= blocks[-1].block:  # those that the ledger has not read
-                tally.add()
+            tally.add(max(0, blocks[-1].block + 1 - tally.blocks))  # those that the ledger has not read
             if reason := _enough(tally, goal, most, begin):
                 return reason
             if not tally.can_estimate:

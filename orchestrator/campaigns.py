@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
 from orchestrator import results
+from orchestrator.blocks import SubsetModel, get_block
 from orchestrator.data import Dataset
-from orchestrator.experiment import Task
 from orchestrator.memorization import (
     BLOCK_SIZE,
     Counts,
+    Moments,
     Tallied,
     count,
     estimate,
@@ -24,12 +27,13 @@ from orchestrator.memorization import (
     split_half_correlation,
     top_overlap,
 )
-from orchestrator.proxies import log_probabilities
 from orchestrator.schemas import TABLES
 from orchestrator.specs import CampaignSpec, Estimator, ScoresSpec, key
 from orchestrator.store import Store
 
 NUM_PICTURES = 25  # images of the most memorized examples kept with the scores, for the report
+
+_THREADS = min(8, os.cpu_count() or 1)
 
 _SCHEMAS = {name: TABLES[name].remove(0) for name in ("memorization", "examples")}
 
@@ -67,34 +71,81 @@ def scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
     return ScoresSummary(**json.loads(metadata[b"summary"]))
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """What some blocks of one half of a campaign add up to."""
+
+    counts: Counts
+    moments: Moments | None  # only where scores are of the probability
+
+    def __add__(self, other: _Sums) -> _Sums:
+        both = None if self.moments is None or other.moments is None else self.moments + other.moments
+        return _Sums(self.counts + other.counts, both)
+
+    @property
+    def tallied(self) -> Tallied:
+        return self.counts if self.moments is None else self.moments
+
+
 @dataclass
 class Tally:
-    """What the blocks of a campaign add up to, read one after another; even and odd ones are its halves."""
+    """What the blocks of a campaign add up to, one after another; even and odd ones are its halves."""
 
     store: Store
     campaign: CampaignSpec
     dataset: Dataset
     estimator: Estimator = "correctness"
     blocks: int = 0
-    _halves: list[Tallied | None] = field(default_factory=lambda: [None, None])
-    _correct: Counts | None = None
+    _halves: list[_Sums | None] = field(default_factory=lambda: [None, None])
     _test: list[float] = field(default_factory=list)
-    _seconds: float = 0.0
+    _seconds: list[float] = field(default_factory=list)
 
-    def add(self) -> None:
-        """Read the next block from the store."""
-        arrays = results.unpack(self.store, Task("block", self.campaign, self.blocks).object_name)
-        labels, membership = self.dataset.split_labels("train"), arrays["membership"].astype(bool)
-        correct = count(membership, arrays["train"].argmax(axis=2) == labels)
-        self._correct = correct if self._correct is None else self._correct + correct
-        half: Any = correct
-        if self.estimator == "probability":
-            half = moments(membership, np.stack([_label_probabilities(part, labels) for part in arrays["train"]]))
-        before: Any = self._halves[self.blocks % 2]
-        self._halves[self.blocks % 2] = half if before is None else before + half
-        self._test.append(float(arrays["test_accuracy"].mean()))
-        self._seconds += float(arrays["seconds"].sum())
-        self.blocks += 1
+    def add(self, number: int = 1) -> None:
+        """Read the next blocks from the store: several at a time, added in their order."""
+        end, name = self.blocks + number, key(self.campaign)
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for start in range(self.blocks, end, 2 * _THREADS):  # no more of them in memory
+                places = range(start, min(start + 2 * _THREADS, end))
+                for sums, models in threads.map(partial(self._read, name), places):
+                    before = self._halves[self.blocks % 2]
+                    self._halves[self.blocks % 2] = sums if before is None else before + sums
+                    self._test.append(float(np.mean([model.test_accuracy for model in models])))
+                    self._seconds.append(sum(model.seconds for model in models))
+                    self.blocks += 1
+
+    def _read(self, campaign: str, place: int) -> tuple[_Sums, tuple[SubsetModel, ...]]:
+        block = get_block(self.store, campaign, place, self.dataset, ["train"])
+        membership, said = block.membership, block.outputs["train"]
+        spread = moments(membership, said.probability.astype(np.float64)) if self.estimator == "probability" else None
+        return _Sums(count(membership, said.correct), spread), block.models
+
+    def resume(self, most: int) -> None:
+        """Take up the sums of as many blocks as were kept, `most` at most, so that those need not be read again."""
+        folder = self._folder
+        kept = [name.removesuffix(".safetensors") for name in self.store.names(folder)]
+        blocks = max((int(name) for name in kept if name.isdigit() and int(name) <= most), default=0)
+        if not blocks:
+            return
+        arrays = results.unpack(self.store, f"{folder}/{blocks}.safetensors")
+        for half in range(min(2, blocks)):
+            kinds = [
+                {name.split(".")[2]: array for name, array in arrays.items() if name.startswith(f"{half}.{kind}.")}
+                for kind in ("counts", "moments")
+            ]
+            self._halves[half] = _Sums(Counts(**kinds[0]), Moments(**kinds[1]) if kinds[1] else None)
+        self._test, self._seconds, self.blocks = arrays["test"].tolist(), arrays["seconds"].tolist(), blocks
+
+    def keep(self) -> None:
+        """Put the sums into the store, for when the campaign has grown."""
+        arrays = {"test": np.array(self._test), "seconds": np.array(self._seconds)}
+        for place, half in enumerate(self._halves):
+            for kind, sums in vars(half).items() if half is not None else ():
+                arrays |= {f"{place}.{kind}.{name}": array for name, array in vars(sums).items()} if sums else {}
+        self.store.put(f"{self._folder}/{self.blocks}.safetensors", results.pack(arrays))
+
+    @property
+    def _folder(self) -> str:
+        return f"sums/{key(self.campaign)}/{self.estimator}"
 
     @property
     def can_estimate(self) -> bool:
@@ -106,16 +157,17 @@ class Tally:
     @property
     def seconds(self) -> float:
         """What the models took, in all."""
-        return self._seconds
+        return sum(self._seconds)
+
+    @property
+    def _total(self) -> _Sums:
+        first, second = self._halves
+        assert first is not None, "no block was read"
+        return first if second is None else first + second
 
     @property
     def total(self) -> Tallied:
-        first: Any
-        second: Any
-        first, second = self._halves
-        assert first is not None, "no block was read"
-        total: Tallied = first if second is None else first + second
-        return total
+        return self._total.tallied
 
     @property
     def spec(self) -> ScoresSpec:
@@ -123,33 +175,28 @@ class Tally:
 
     def summary(self) -> ScoresSummary:
         """What the blocks read so far come to."""
-        assert self._correct is not None, "no block was read"
-        scores, fit, (first, second) = estimate(self.total), estimate(self._correct), self._halves
+        total, (first, second) = self._total, self._halves
+        scores, fit = estimate(total.tallied), estimate(total.counts)
+        halves = None if first is None or second is None else (first.tallied, second.tallied)
         hard = fit.out_mean < 0.5  # the gate is of accuracy, whatever the scores are made of
         return ScoresSummary(
             scores_key=key(self.spec),
             models=self.blocks * BLOCK_SIZE,
-            in_accuracy=float(self._correct.in_hits.sum() / self._correct.in_total.sum()),
+            in_accuracy=float(total.counts.in_hits.sum() / total.counts.in_total.sum()),
             hard_in_accuracy=float(fit.in_mean[hard].mean()) if hard.any() else None,
             test_accuracy=float(np.mean(self._test)),
-            split_half=None if first is None or second is None else split_half_correlation(first, second),
-            model_seconds=self._seconds,
+            split_half=None if halves is None else split_half_correlation(*halves),
+            model_seconds=self.seconds,
             standard_error=float(scores.standard_error.mean()),
-            top_overlap=None if first is None or second is None else top_overlap(first, second),
+            top_overlap=None if halves is None else top_overlap(*halves),
             estimator=self.estimator,
         )
 
 
-def _label_probabilities(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The given label's probability, float64 [n], from logits [n, classes]."""
-    found: np.ndarray = np.exp(log_probabilities(logits)[np.arange(len(labels)), labels])
-    return found
-
-
 def _compute_scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
     tally = Tally(store, spec.campaign, dataset, spec.estimator)
-    for _ in range(spec.blocks):
-        tally.add()
+    tally.resume(spec.blocks)
+    tally.add(spec.blocks - tally.blocks)
     return put_scores(tally)
 
 
@@ -167,6 +214,7 @@ def put_scores(tally: Tally, stopping: str | None = None) -> ScoresSummary:
     name = summary.scores_key
     results.put_table(store, f"scores/{name}.examples.parquet", _pictures(dataset, most))
     facts = {"summary": json.dumps(asdict(summary)), "setting": key(tally.campaign.setting)}
+    tally.keep()
     results.put_table(store, f"scores/{name}.parquet", table, facts)
     return summary
 

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator import exact, pipeline, results
+from orchestrator.blocks import block_name, model_name, put_together
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset, Splits
 from orchestrator.localization import Scores, rank
-from orchestrator.memorization import BLOCK_SIZE, block_membership
+from orchestrator.memorization import block_membership
 from orchestrator.models import head_names
 from orchestrator.pipeline import Finished, Lab, split_examples, steady
-from orchestrator.registry import InputError, Plugin, load_plugin
+from orchestrator.registry import InputError, Plugin, canonical_json, load_plugin
 from orchestrator.rows import make_row
 from orchestrator.seeds import generator, numpy_generator
 from orchestrator.specs import (
@@ -106,18 +107,13 @@ class Task:
         """The stored object that says the task is done; of a task that has one."""
         name = key(self.spec)
         return {
-            "model": f"{parts_of(name, self.block)}/{self.member}.safetensors",
-            "block": f"campaigns/{name}/blocks/{self.block}.safetensors",
+            "model": model_name(name, self.block, self.member),
+            "block": block_name(name, self.block),
             "single": exact.single_object(name),
             "original": f"models/{name}.safetensors",
             "localization": f"localizations/{name}.safetensors",
             "run": f"rows/{name}.json",
         }[self.kind]
-
-
-def parts_of(campaign: str, block: int) -> str:
-    """The folder of the models of a block that is not complete yet."""
-    return f"campaigns/{campaign}/parts/{block}"
 
 
 @dataclass(frozen=True)
@@ -194,6 +190,7 @@ class Workspace:
         whole, trained = Task("block", task.spec, task.block).object_name, 0
         if not self.store.exists(whole) and not self.store.exists(task.object_name):
             spec, setting = task.spec, task.spec.setting
+            purpose = ("subset model", task.block, task.member)
             with self._timed():
                 arrays = pipeline.train_subset_model(
                     self.lab,
@@ -201,15 +198,16 @@ class Workspace:
                     setting.training.build(),
                     self._membership(spec, task.block)[task.member],
                     fraction=spec.fraction,
-                    stream=generator(spec.seed, "subset model", task.block, task.member),
+                    stream=generator(spec.seed, *purpose),
                 )
-            metadata = {"host": socket.gethostname(), "numerics": self.lab.subset_numerics}
+            stream = canonical_json([spec.seed, *purpose])
+            metadata = {"host": socket.gethostname(), "numerics": self.lab.subset_numerics, "stream": stream}
             self.store.put(task.object_name, results.pack(arrays, metadata))
             trained = 1
         if self.store.exists(whole):  # another driver on this store was faster
             self.store.delete(task.object_name)
         else:
-            self._put_together(task.spec, task.block)
+            put_together(self.store, key(task.spec), task.block, self._membership(task.spec, task.block))
         return trained
 
     def _membership(self, spec: CampaignSpec, block: int) -> np.ndarray:
@@ -217,27 +215,6 @@ class Workspace:
         return self._kept_or(
             f"{key(spec)} block {block}", lambda: block_membership(labels, spec.fraction, spec.seed, block)
         )
-
-    def _put_together(self, spec: CampaignSpec, block: int) -> None:
-        """Store a block whose ten models are there, and remove them; two workers may both try, to the same end."""
-        folder = parts_of(key(spec), block)
-        members = [f"{member}.safetensors" for member in range(BLOCK_SIZE)]
-        if not set(members) <= set(self.store.names(folder)):
-            return
-        names = [f"{folder}/{member}" for member in members]
-        whole = Task("block", spec, block).object_name
-        try:
-            parts = [results.unpack(self.store, name) for name in names]
-            metadata = results.metadata_of(self.store, names[0])
-        except FileNotFoundError:
-            if self.store.exists(whole):
-                return
-            raise
-        arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-        if not self.store.exists(whole):
-            self.store.put(whole, results.pack({"membership": self._membership(spec, block), **arrays}, metadata))
-        for name in names:
-            self.store.delete(name)
 
     def _single(self, task: Task) -> int:
         assert isinstance(task.spec, SingleSpec)

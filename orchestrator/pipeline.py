@@ -24,6 +24,7 @@ from orchestrator.proxies import PROXIES, Watcher
 from orchestrator.registry import Choice
 from orchestrator.seeds import generator
 from orchestrator.stages import PlainStage, performer
+from orchestrator.subset_outputs import packed
 from orchestrator.training import Mask, Objective, Training, clone, cross_entropy, fit, predict
 from orchestrator.unlearning import METHODS
 
@@ -141,8 +142,8 @@ def train_subset_model(
 ) -> dict[str, np.ndarray]:
     """Train a model on the training examples marked in `members`, bool [n].
 
-    Returns train and test logits float16 [n, classes], and as float64 the accuracy on its subset, on test, and its
-    seconds. Subsets whose sizes differ by one take the same number of full batches.
+    Returns its outputs on train and test as `subset_outputs.packed` has them, and as float64 the accuracy on its
+    subset, on test, and its seconds. Subsets whose sizes differ by one take the same number of full batches.
     """
     train, test = lab.examples("train"), lab.examples("test")
     num_batches = max(1, int(np.floor(len(train) * fraction)) // training.batch_size)
@@ -151,12 +152,13 @@ def train_subset_model(
     subset = train.take(np.flatnonzero(members)).augmented(training.augment)
     fit(made, subset, training=training, generator=stream, num_batches=num_batches, objective=objective)
     logits, test_logits = half(predict(made, train)), half(predict(made, test))
-    right = logits.argmax(axis=1) == train.labels.cpu().numpy()
+    labels, test_labels = train.labels.cpu().numpy(), test.labels.cpu().numpy()
+    right = logits.argmax(axis=1) == labels
     return {
-        "train": logits,
-        "test": test_logits,
+        **packed("train", logits, labels),
+        **packed("test", test_logits, test_labels),
         "in_accuracy": np.array(right[members].mean()),
-        "test_accuracy": np.array((test_logits.argmax(axis=1) == test.labels.cpu().numpy()).mean()),
+        "test_accuracy": np.array((test_logits.argmax(axis=1) == test_labels).mean()),
         "seconds": np.array(time.perf_counter() - start),
     }
 

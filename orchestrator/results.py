@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -177,9 +177,49 @@ def unpack(store: Store, name: str) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load(content)
     except (SafetensorError, ValueError) as error:
-        raise InputError(
-            f"{store.url(name)} is damaged ({error}); remove it and run the same command again, which computes it anew"
-        ) from None
+        raise _damaged(store, name, error) from None
+
+
+_USUAL_HEADER = 8192  # bytes that hold most headers: one read
+_TYPES = {"BOOL": bool, "U8": np.uint8, "F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64}
+
+
+def unpack_some(store: Store, name: str, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The wanted arrays of a stored safetensors object, and its metadata; the rest of it is not read.
+
+    Raises InputError where it is damaged. Arrays are read-only.
+    """
+    try:
+        header, start = _header(store, name)
+        metadata = header.pop("__metadata__", {})
+        chosen = {part: place for part, place in header.items() if wanted(part)}
+        places = [place["data_offsets"] for place in chosen.values()]
+        ranges = [(start + first, last - first) for first, last in places]
+        arrays = {
+            part: np.frombuffer(content, _TYPES[place["dtype"]]).reshape(place["shape"])
+            for (part, place), content in zip(chosen.items(), store.ranges_of(name, ranges), strict=True)
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(store, name, error) from None
+    return arrays, metadata
+
+
+def _header(store: Store, name: str) -> tuple[dict[str, Any], int]:
+    """The header of a stored safetensors object, and where its arrays begin."""
+    content = store.start_of(name, _USUAL_HEADER)
+    end = 8 + int.from_bytes(content[:8], "little")
+    if end > len(content):
+        if end > store.size(name):
+            raise ValueError(f"a header of {end} bytes in an object that is shorter")
+        content = store.start_of(name, end)
+    header: dict[str, Any] = json.loads(content[8:end])
+    return header, end
+
+
+def _damaged(store: Store, name: str, error: Exception) -> InputError:
+    return InputError(
+        f"{store.url(name)} is damaged ({error}); remove it and run the same command again, which computes it anew"
+    )
 
 
 def check_arrays(store: Store, names: Sequence[str]) -> None:
@@ -210,9 +250,7 @@ def _is_whole(store: Store, name: str) -> bool:
 
 def metadata_of(store: Store, name: str) -> dict[str, str]:
     """What the header of a stored safetensors object says beside its arrays."""
-    content = store.get(name)
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    found: dict[str, str] = header.get("__metadata__", {})
+    found: dict[str, str] = _header(store, name)[0].get("__metadata__", {})
     return found
 
 
@@ -276,6 +314,4 @@ def get_table(store: Store, name: str) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(content))
     except (pa.ArrowException, OSError) as error:
-        raise InputError(
-            f"{store.url(name)} is damaged ({error}); remove it and run the same command again, which computes it anew"
-        ) from None
+        raise _damaged(store, name, error) from None

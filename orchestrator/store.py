@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +134,15 @@ class Store:
             with self.filesystem.open_input_file(self.path(name)) as file:
                 content: bytes = file.read(length)
             return content
+
+        return self._patiently(read)
+
+    def ranges_of(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Parts of an object, each from a place and so many bytes long; FileNotFoundError where it is not there."""
+
+        def read() -> list[bytes]:
+            with self.filesystem.open_input_file(self.path(name)) as file:
+                return [file.read_at(length, start) for start, length in ranges]
 
         return self._patiently(read)
 

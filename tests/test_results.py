@@ -13,7 +13,6 @@ from orchestrator.pipeline import half
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
 from orchestrator.results import (
-    TABLES,
     Attempt,
     Layer,
     Member,
@@ -34,6 +33,7 @@ from orchestrator.results import (
     sweep_key,
     unpack,
 )
+from orchestrator.schemas import TABLES
 from orchestrator.store import Store
 
 ROW = Row(

@@ -1,0 +1,109 @@
+"""Scores from stored blocks: whatever form they have, and whether they are read at once or as a campaign grows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orchestrator import campaigns, results
+from orchestrator.blocks import block_name, get_block
+from orchestrator.data import Dataset
+from orchestrator.memorization import block_membership
+from orchestrator.registry import InputError
+from orchestrator.specs import CampaignSpec, Model, ScoresSpec, Setting, TrainingSpec, key
+from orchestrator.store import Store
+from orchestrator.subset_outputs import packed
+
+TRAIN, TEST = 60, 40
+
+
+def data(classes: int) -> Dataset:
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes, TRAIN + TEST)
+    images = rng.integers(0, 256, (TRAIN + TEST, 4, 4, 1)).astype(np.uint8)
+    splits = {"train": np.arange(TRAIN), "validation": np.arange(0), "test": np.arange(TRAIN, TRAIN + TEST)}
+    return Dataset(images, labels, labels, splits, tuple(f"class {number}" for number in range(classes)))
+
+
+def campaign_of(dataset: Dataset) -> CampaignSpec:
+    training = TrainingSpec(learning_rate=0.1, epochs=1, batch_size=8)
+    return CampaignSpec(setting=Setting(data=dataset.fingerprint, model=Model(name="small_cnn"), training=training))
+
+
+def put_blocks(store: Store, dataset: Dataset, blocks: range, *, whole: bool = False) -> None:
+    """Made blocks: logits are higher for the label, more so where an example is in the subset."""
+    campaign, classes = campaign_of(dataset), dataset.num_classes
+    labels = {split: dataset.split_labels(split) for split in ("train", "test")}
+    for block in blocks:
+        membership = block_membership(labels["train"], 0.7, 0, block)
+        arrays: dict[str, list[np.ndarray]] = {"in_accuracy": [], "test_accuracy": [], "seconds": []}
+        for member in range(10):
+            rng = np.random.default_rng([block, member])
+            for split in ("train", "test"):
+                logits = rng.normal(0, 1, (len(labels[split]), classes))
+                lift = 2.0 + 3.0 * membership[member] if split == "train" else 2.5
+                logits[np.arange(len(logits)), labels[split]] += lift
+                halves = logits.astype(np.float16)
+                for name, part in ({split: halves} if whole else packed(split, halves, labels[split])).items():
+                    arrays.setdefault(name, []).append(part)
+            for name, value in (("in_accuracy", 0.99), ("test_accuracy", 0.5 + block / 100), ("seconds", 1.5)):
+                arrays[name].append(np.array(value))
+        stacked = {name: np.stack(parts) for name, parts in arrays.items()}
+        content = results.pack({"membership": membership, **stacked}, {"host": "elsewhere", "numerics": "cpu"})
+        store.put(block_name(key(campaign), block), content)
+
+
+def table(store: Store, spec: ScoresSpec) -> bytes:
+    return store.get(f"scores/{key(spec)}.parquet")
+
+
+@pytest.mark.parametrize("estimator", ["correctness", "probability"])
+def test_a_grown_campaign_reads_the_new_blocks_alone_and_ends_at_the_same_bytes(estimator: str, tmp_path: Path) -> None:
+    dataset, grown, at_once = data(5), Store(str(tmp_path / "grown")), Store(str(tmp_path / "at once"))
+    campaign = campaign_of(dataset)
+    small, large = (ScoresSpec(campaign=campaign, blocks=blocks, estimator=estimator) for blocks in (3, 21))
+    put_blocks(grown, dataset, range(3))
+    campaigns.scores(grown, small, dataset)
+    for block in range(3):
+        grown.delete(block_name(key(campaign), block))
+    put_blocks(grown, dataset, range(3, 21))
+    put_blocks(at_once, dataset, range(21))
+    summary = campaigns.scores(grown, large, dataset)
+    assert summary == campaigns.scores(at_once, large, dataset)
+    assert table(grown, large) == table(at_once, large)
+    assert (summary.models, summary.model_seconds) == (210, pytest.approx(315))
+    assert summary.test_accuracy == pytest.approx(0.6)
+    assert campaigns.scores(at_once, small, dataset).models == 30, "what is kept of more blocks is not used for fewer"
+
+
+@pytest.mark.parametrize("estimator", ["correctness", "probability"])
+def test_scores_of_many_classes_are_those_of_their_logits(estimator: str, tmp_path: Path) -> None:
+    dataset = data(30)
+    spec = ScoresSpec(campaign=campaign_of(dataset), blocks=4, estimator=estimator)
+    found = []
+    for whole in (True, False):
+        store = Store(str(tmp_path / str(whole)))
+        put_blocks(store, dataset, range(4), whole=whole)
+        campaigns.scores(store, spec, dataset)
+        found.append(results.get_table(store, f"scores/{key(spec)}.parquet").column("score").to_numpy())
+    assert np.ptp(found[0]) > 0.1
+    assert found[1] == pytest.approx(found[0], abs=0 if estimator == "correctness" else 1e-3)
+
+
+def test_a_block_from_before_models_said_where_they_were_made_is_read(tmp_path: Path) -> None:
+    dataset, store = data(5), Store(str(tmp_path))
+    put_blocks(store, dataset, range(1))
+    block = get_block(store, key(campaign_of(dataset)), 0, dataset, ["train"])
+    assert {(model.host, model.stream, model.seconds) for model in block.models} == {(None, None, 1.5)}
+
+
+@pytest.mark.parametrize("length", [4, 100, 9000, -1])
+def test_a_block_that_is_cut_is_named(length: int, tmp_path: Path) -> None:
+    dataset, store = data(5), Store(str(tmp_path))
+    put_blocks(store, dataset, range(1))
+    name = block_name(key(campaign_of(dataset)), 0)
+    store.put(name, store.get(name)[:length])
+    with pytest.raises(InputError, match=r"0\.safetensors is damaged"):
+        get_block(store, key(campaign_of(dataset)), 0, dataset, ["train", "test"])
