@@ -28,6 +28,9 @@ class Tables:
     proxies: pl.DataFrame
     exact: pl.DataFrame
     examples: pl.DataFrame
+    influence: pl.DataFrame
+    influence_pairs: pl.DataFrame
+    influence_examples: pl.DataFrame
     series: pl.DataFrame
     costs: pl.DataFrame
     workers: pl.DataFrame

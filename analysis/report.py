@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from analysis import costs, exact, figures, paper, proxies, refinement, tables
+from analysis import costs, exact, figures, influence, paper, proxies, refinement, tables
 from analysis.load import Tables, load
 from orchestrator.registry import InputError
 
@@ -102,6 +102,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         "notes": _notes(runs),
         "pairing": _pairing(runs),
         "scores": [_scores(read, key) for key in _scores_of(read)],
+        "influence": _influence(read),
         "proxies": _proxies(read),
         "exact": [_exact(part) for part in exact.comparisons(read)],
         "refinement": None,
@@ -233,6 +234,13 @@ def _costs(read: Tables) -> dict[str, Any] | None:
         "worker_columns": costs.WORKER_HEADINGS,
         "workers": workers,
     }
+
+
+def _influence(read: Tables) -> list[dict[str, Any]]:
+    return [
+        part | {"gallery": None if part["gallery"] is None else _embed(part["gallery"])}
+        for part in influence.sections(read)
+    ]
 
 
 def _proxies(read: Tables) -> list[dict[str, Any]]:

@@ -171,6 +171,30 @@ def proxies(
 
 
 @app.command()
+def influence(
+    recipe: Recipe,
+    assignments: Assignments = None,
+    storage: Storage = DEFAULT_STORAGE,
+    plugin: Plugins = None,
+    threshold: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="Least influence of a pair: rise in accuracy on the test example."),
+    ] = 0.15,
+    memorization: Annotated[
+        float,
+        typer.Option(min=-1, max=1, help="Least memorization score of its training example; -1: every one."),
+    ] = 0.25,
+) -> None:
+    """Find the training examples that change the answers on test examples, from a campaign's subset models."""
+    from jobs import influence as job
+    from jobs.session import Options
+
+    job.run(
+        Options(recipe, assignments or (), storage, "none", plugins=plugin or ()), job.Bounds(threshold, memorization)
+    )
+
+
+@app.command()
 def references(
     recipe: Recipe,
     assignments: Assignments = None,

@@ -1,4 +1,4 @@
-"""What a campaign's blocks come to: memorization scores, their summary, and pictures of the most memorized."""
+"""What a campaign's blocks come to: memorization scores and influence, their summaries, and pictures."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,8 @@ import pyarrow as pa
 from orchestrator import results
 from orchestrator.blocks import SubsetModel, get_block
 from orchestrator.data import Dataset
+from orchestrator.experiment import memorization_scores
+from orchestrator.influence_pairs import InfluencePairs, influence_pairs
 from orchestrator.memorization import (
     BLOCK_SIZE,
     Counts,
@@ -28,14 +31,16 @@ from orchestrator.memorization import (
     top_overlap,
 )
 from orchestrator.schemas import TABLES
-from orchestrator.specs import CampaignSpec, Estimator, ScoresSpec, key
+from orchestrator.specs import CampaignSpec, Estimator, InfluenceSpec, ScoresSpec, key
 from orchestrator.store import Store
 
 NUM_PICTURES = 25  # images of the most memorized examples kept with the scores, for the report
+NUM_PAIRS_SHOWN = 12  # pairs with the strongest influence whose images are kept, for the report
 
 _THREADS = min(8, os.cpu_count() or 1)
 
-_SCHEMAS = {name: TABLES[name].remove(0) for name in ("memorization", "examples")}
+_STORED = ("memorization", "examples", "influence_pairs", "influence_examples")
+_SCHEMAS = {name: TABLES[name].remove(0) for name in _STORED}
 
 
 @dataclass(frozen=True)
@@ -212,17 +217,19 @@ def put_scores(tally: Tally, stopping: str | None = None) -> ScoresSummary:
     table = pa.table(columns).select(_SCHEMAS["memorization"].names).cast(_SCHEMAS["memorization"])
     most = np.argsort(-scores.score, kind="stable")[:NUM_PICTURES]
     name = summary.scores_key
-    results.put_table(store, f"scores/{name}.examples.parquet", _pictures(dataset, most))
+    pictures = pa.Table.from_pylist(_pictures(dataset, "train", most), schema=_SCHEMAS["examples"])
+    results.put_table(store, f"scores/{name}.examples.parquet", pictures)
     facts = {"summary": json.dumps(asdict(summary)), "setting": key(tally.campaign.setting)}
     tally.keep()
     results.put_table(store, f"scores/{name}.parquet", table, facts)
     return summary
 
 
-def _pictures(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> pa.Table:
+def _pictures(dataset: Dataset, split: str, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+    """Images with the names of their labels, as lines of a table."""
     from PIL import Image
 
-    rows, lines = dataset.splits["train"][indices], []
+    rows, lines = dataset.splits[split][indices], []
     for index, row in zip(indices, rows, strict=True):
         image = dataset.images[row]
         buffer = io.BytesIO()
@@ -235,4 +242,96 @@ def _pictures(dataset: Dataset, indices: Sequence[int] | np.ndarray) -> pa.Table
                 "png": buffer.getvalue(),
             }
         )
-    return pa.Table.from_pylist(lines, schema=_SCHEMAS["examples"])
+    return lines
+
+
+# ---- influence -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InfluenceSummary:
+    """What an estimate of influence came to: how many pairs, on how many test examples, and how stable they are."""
+
+    influence_key: str
+    scores_key: str
+    models: int
+    threshold: float
+    memorization: float | None
+    num_examples: int  # training examples looked at
+    num_pairs: int
+    num_test: int  # distinct test examples in the pairs
+    num_above_zero: int  # pairs whose interval is above zero
+    first_half: int | None  # pairs that half of the models find by themselves; None: too few models
+    second_half: int | None
+    both_halves: int | None
+
+
+def influence(store: Store, spec: InfluenceSpec, dataset: Dataset) -> InfluenceSummary:
+    """The stored summary of these pairs; pairs that are not there are found from the campaign's blocks."""
+    name = f"influence/{key(spec)}.parquet"
+    if store.exists(name):
+        metadata = results.get_table(store, name).schema.metadata
+        return InfluenceSummary(**json.loads(metadata[b"summary"]))
+    scores(store, spec.scores, dataset)
+    memorized = memorization_scores(store, spec.scores)
+    examples = np.flatnonzero(memorized >= (-np.inf if spec.memorization is None else spec.memorization))
+    membership, correct = _test_outcomes(store, spec.scores, dataset)
+    is_first = np.arange(len(membership)) // BLOCK_SIZE % 2 == 0
+    pairs = influence_pairs(membership, correct, is_first, examples=examples, threshold=spec.threshold)
+    summary = InfluenceSummary(
+        influence_key=key(spec),
+        scores_key=key(spec.scores),
+        models=len(membership),
+        threshold=spec.threshold,
+        memorization=spec.memorization,
+        num_examples=len(examples),
+        num_pairs=len(pairs.train),
+        num_test=len(np.unique(pairs.test)),
+        num_above_zero=int((pairs.estimates.low > 0).sum()),
+        first_half=None if pairs.halves is None else pairs.halves.first,
+        second_half=None if pairs.halves is None else pairs.halves.second,
+        both_halves=None if pairs.halves is None else pairs.halves.both,
+    )
+    _put_pairs(store, summary, pairs, memorized, dataset)
+    return summary
+
+
+def _test_outcomes(store: Store, spec: ScoresSpec, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Membership bool [models, n], and correctness on test bool [models, m]."""
+    name, models = key(spec.campaign), spec.blocks * BLOCK_SIZE
+    membership = np.empty((models, len(dataset.splits["train"])), dtype=bool)
+    correct = np.empty((models, len(dataset.splits["test"])), dtype=bool)
+
+    def read(place: int) -> None:
+        block = get_block(store, name, place, dataset, ["test"])
+        rows = slice(place * BLOCK_SIZE, (place + 1) * BLOCK_SIZE)
+        membership[rows], correct[rows] = block.membership, block.outputs["test"].correct
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for _ in threads.map(read, range(spec.blocks)):
+            pass
+    return membership, correct
+
+
+def _put_pairs(
+    store: Store, summary: InfluenceSummary, pairs: InfluencePairs, memorized: np.ndarray, dataset: Dataset
+) -> None:
+    """Store the pairs, and the images of the strongest."""
+    columns = {
+        "train_index": pairs.train,
+        "test_index": pairs.test,
+        "train_label": dataset.split_labels("train")[pairs.train],
+        "test_label": dataset.split_labels("test")[pairs.test],
+        "influence": pairs.estimates.score,
+        **{name: getattr(pairs.estimates, name) for name in ("standard_error", "low", "high")},
+        "memorization": memorized[pairs.train],
+    }
+    lines = []
+    for split, indices in (("train", pairs.train), ("test", pairs.test)):
+        shown = list(dict.fromkeys(indices[:NUM_PAIRS_SHOWN].tolist()))
+        lines += [{"split": split, **line} for line in _pictures(dataset, split, shown)]
+    pictures = pa.Table.from_pylist(lines, schema=_SCHEMAS["influence_examples"])
+    results.put_table(store, f"influence/{summary.influence_key}.examples.parquet", pictures)
+    table = pa.table(columns).select(_SCHEMAS["influence_pairs"].names).cast(_SCHEMAS["influence_pairs"])
+    facts = {"summary": json.dumps(asdict(summary))}
+    results.put_table(store, f"influence/{summary.influence_key}.parquet", table, facts)

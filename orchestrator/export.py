@@ -48,14 +48,15 @@ def export(store: Store) -> str:
     }
     # all before the first is written: what is damaged leaves the last export whole
     tables = {name: pa.Table.from_pylist(list(items), schema=TABLES[name]) for name, items in lines.items()}
-    tables["memorization"] = _scores_table(store, "memorization", ".parquet")
+    tables["memorization"] = _keyed_table(store, "scores", "memorization", ".parquet")
     tables["campaigns"] = pa.Table.from_pylist(list(campaign_lines(store)), schema=TABLES["campaigns"])
+    tables |= _influence_tables(store)
     tables["proxies"] = _proxies_table(store)
     tables["exact"] = _exact_table(store)
     stretches = costs.get_stretches(store)
     tables["costs"] = pa.Table.from_pylist(list(costs.cost_lines(stretches)), schema=TABLES["costs"])
     tables["workers"] = pa.Table.from_pylist(list(costs.worker_lines(stretches)), schema=TABLES["workers"])
-    tables["examples"] = _scores_table(store, "examples", ".examples.parquet")
+    tables["examples"] = _keyed_table(store, "scores", "examples", ".examples.parquet")
     for name, table in tables.items():
         results.put_table(store, f"exports/{name}.parquet", table, footer)
     return export_id
@@ -292,12 +293,25 @@ def _exact_table(store: Store) -> pa.Table:
     return pa.concat_tables([part.select(schema.names).cast(schema) for part in parts] or [schema.empty_table()])
 
 
-def _scores_table(store: Store, table: str, suffix: str) -> pa.Table:
-    other = ".examples.parquet"
-    names = [n for n in store.names("scores") if n.endswith(suffix) and (suffix == other or not n.endswith(other))]
-    parts = []
-    for name in names:
-        part = results.get_table(store, f"scores/{name}")
-        keys = pa.array([name.removesuffix(suffix)] * len(part), pa.string())
-        parts.append(part.add_column(0, TABLES[table].field("scores_key"), keys).cast(TABLES[table]))
+def _influence_tables(store: Store) -> dict[str, pa.Table]:
+    """The tables `influence`, `influence_pairs` and `influence_examples`."""
+    lines = []
+    for name in store.names("influence"):
+        facts = results.get_table(store, f"influence/{name}").schema.metadata or {}
+        lines += [json.loads(facts[b"summary"])] if b"summary" in facts else []
+    return {
+        "influence": pa.Table.from_pylist(lines, schema=TABLES["influence"]),
+        "influence_pairs": _keyed_table(store, "influence", "influence_pairs", ".parquet"),
+        "influence_examples": _keyed_table(store, "influence", "influence_examples", ".examples.parquet"),
+    }
+
+
+def _keyed_table(store: Store, folder: str, table: str, suffix: str) -> pa.Table:
+    """The stored tables of a folder, one below another, each under its key."""
+    other, parts = ".examples.parquet", []
+    for name in store.names(folder):
+        if name.endswith(suffix) and (suffix == other or not name.endswith(other)):
+            part = results.get_table(store, f"{folder}/{name}")
+            keys = pa.array([name.removesuffix(suffix)] * len(part), pa.string())
+            parts.append(part.add_column(0, TABLES[table].field(0), keys).cast(TABLES[table]))
     return pa.concat_tables(parts) if parts else TABLES[table].empty_table()

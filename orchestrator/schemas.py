@@ -107,9 +107,44 @@ TABLES: Mapping[str, pa.Schema] = {
             *((name, _F, False) for name in ("in_mean", "out_mean", "score", "standard_error", "low", "high")),
             *((name, _F, False) for name in ("accuracy", "test_accuracy", "model_seconds")),
         ],
+        "influence": [
+            ("influence_key", _S, False),
+            ("scores_key", _S, False),
+            ("models", _I, False),
+            ("threshold", _F, False),
+            ("memorization", _F, True),
+            ("num_examples", _I, False),
+            ("num_pairs", _I, False),
+            ("num_test", _I, False),
+            ("num_above_zero", _I, False),
+            ("first_half", _I, True),
+            ("second_half", _I, True),
+            ("both_halves", _I, True),
+        ],
+        "influence_pairs": [
+            ("influence_key", _S, False),
+            ("train_index", _I, False),
+            ("test_index", _I, False),
+            ("train_label", _I, False),
+            ("test_label", _I, False),
+            ("influence", _F, False),
+            ("standard_error", _F, False),
+            ("low", _F, False),
+            ("high", _F, False),
+            ("memorization", _F, False),
+        ],
+        "influence_examples": [
+            ("influence_key", _S, False),
+            ("split", _S, False),
+            ("index", _I, False),
+            ("label_name", _S, False),
+            ("true_label_name", _S, False),
+            ("png", pa.binary(), False),
+        ],
         "series": [("key", _S, False), ("metric", _S, False), ("epoch", _I, False), ("value", _F, False)],
         **costs.COLUMNS,
     }.items()
 }
 """The exported tables: name -> schema. `runs` has one line per run, references and identity included; a failed run
-that has no row yet has status `failed`. `memorization` and `examples` have one line per scores key and example."""
+that has no row yet has status `failed`. `memorization` and `examples` have one line per scores key and example.
+`influence` has one line per estimate of influence, `influence_pairs` one per pair of examples that it found."""

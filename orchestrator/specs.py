@@ -153,6 +153,17 @@ class ScoresSpec(Spec):
     estimator: Estimator = "correctness"
 
 
+class InfluenceSpec(Spec):
+    """Pairs of training and test examples with an influence of at least `threshold`, of the models behind `scores`.
+
+    `memorization`: the least score of the training examples that are looked at; None: all are.
+    """
+
+    scores: ScoresSpec
+    threshold: float = Field(default=0.15, gt=0, le=1)
+    memorization: float | None = 0.25
+
+
 class OriginalSpec(Spec):
     """A model trained on the whole training set."""
 

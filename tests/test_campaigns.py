@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from orchestrator import campaigns, results
+from analysis import influence as analysis
+from analysis import load, report
+from jobs import influence as job
+from jobs.session import Options, make_study
+from orchestrator import campaigns, export, results
 from orchestrator.blocks import block_name, get_block
 from orchestrator.data import Dataset
 from orchestrator.memorization import block_membership
 from orchestrator.registry import InputError
-from orchestrator.specs import CampaignSpec, Model, ScoresSpec, Setting, TrainingSpec, key
+from orchestrator.specs import CampaignSpec, InfluenceSpec, Model, ScoresSpec, Setting, TrainingSpec, key
 from orchestrator.store import Store
 from orchestrator.subset_outputs import packed
 
@@ -32,9 +37,21 @@ def campaign_of(dataset: Dataset) -> CampaignSpec:
     return CampaignSpec(setting=Setting(data=dataset.fingerprint, model=Model(name="small_cnn"), training=training))
 
 
-def put_blocks(store: Store, dataset: Dataset, blocks: range, *, whole: bool = False) -> None:
-    """Made blocks: logits are higher for the label, more so where an example is in the subset."""
-    campaign, classes = campaign_of(dataset), dataset.num_classes
+def put_blocks(
+    store: Store,
+    dataset: Dataset,
+    blocks: range,
+    *,
+    whole: bool = False,
+    campaign: CampaignSpec | None = None,
+    helpful: Sequence[int] = (),
+) -> None:
+    """Made blocks: logits are higher for the label, more so where an example is in the subset.
+
+    Test example j is wrong outside, and right inside the subsets of the training example `helpful[j]`, which outside
+    is wrong itself.
+    """
+    campaign, classes = campaign or campaign_of(dataset), dataset.num_classes
     labels = {split: dataset.split_labels(split) for split in ("train", "test")}
     for block in blocks:
         membership = block_membership(labels["train"], 0.7, 0, block)
@@ -45,6 +62,9 @@ def put_blocks(store: Store, dataset: Dataset, blocks: range, *, whole: bool = F
                 logits = rng.normal(0, 1, (len(labels[split]), classes))
                 lift = 2.0 + 3.0 * membership[member] if split == "train" else 2.5
                 logits[np.arange(len(logits)), labels[split]] += lift
+                places = np.arange(len(helpful)) if split == "test" else np.array(helpful, dtype=int)
+                is_in = membership[member, np.array(helpful, dtype=int)]
+                logits[places, labels[split][places]] = np.where(is_in, 50.0, -50.0)
                 halves = logits.astype(np.float16)
                 for name, part in ({split: halves} if whole else packed(split, halves, labels[split])).items():
                     arrays.setdefault(name, []).append(part)
@@ -107,3 +127,48 @@ def test_a_block_that_is_cut_is_named(length: int, tmp_path: Path) -> None:
     store.put(name, store.get(name)[:length])
     with pytest.raises(InputError, match=r"0\.safetensors is damaged"):
         get_block(store, key(campaign_of(dataset)), 0, dataset, ["train", "test"])
+
+
+def test_influence_goes_from_the_blocks_to_the_report(tmp_path: Path) -> None:
+    """Three test examples are right only with one training example each, two of them with the same."""
+    dataset, store = data(5), Store(str(tmp_path))
+    put_blocks(store, dataset, range(12), helpful=[7, 9, 7])
+    spec = InfluenceSpec(scores=ScoresSpec(campaign=campaign_of(dataset), blocks=12), threshold=0.6, memorization=0.9)
+    summary = campaigns.influence(store, spec, dataset)
+    assert (summary.num_examples, summary.num_pairs, summary.num_test, summary.num_above_zero) == (2, 3, 3, 3)
+    assert (summary.first_half, summary.second_half, summary.both_halves) == (3, 3, 3)
+    store.delete(block_name(key(campaign_of(dataset)), 0))
+    assert campaigns.influence(store, spec, dataset) == summary, "what is stored is not computed again"
+    export.export(store)
+    read = load.load(tmp_path / "exports")
+    (line,) = read.influence.to_dicts()
+    assert (line["threshold"], line["memorization"], line["scores_key"]) == (0.6, 0.9, key(spec.scores))
+    pairs = read.influence_pairs.to_dicts()
+    assert [(pair["train_index"], pair["test_index"]) for pair in pairs] == [(7, 0), (7, 2), (9, 1)]
+    assert [pair["influence"] for pair in pairs] == [1.0] * 3
+    assert [pair["memorization"] for pair in pairs] == [1.0] * 3
+    assert pairs[2]["train_label"] == dataset.labels[9]
+    shown = {(line["split"], line["index"]) for line in read.influence_examples.to_dicts()}
+    assert shown == {("train", 7), ("train", 9), ("test", 0), ("test", 1), ("test", 2)}
+    (section,) = analysis.sections(read)
+    assert section["jaccard"] == 1.0
+    text = report.write(tmp_path / "exports", tmp_path / "report.html").read_text()
+    assert "3 pairs have an influence of at least 0.6" in text
+    assert "Training images beside the test images" in text
+
+
+def test_the_command_needs_every_model_and_names_the_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = Options("digits", ("campaign.models=40",), str(tmp_path), "none")
+    with pytest.raises(InputError, match=r"40 subset models .* 40 are missing; `unlearn memorize digits`"):
+        job.run(options, job.Bounds(0.15, 0.25))
+    study = make_study(options)
+    dataset = study.data.entry({}, study.data.options)
+    campaign = study.campaign_spec(dataset.fingerprint)
+    put_blocks(Store(str(tmp_path)), dataset, range(4), campaign=campaign, helpful=[1100, 5])
+    job.run(options, job.Bounds(0.9, -1))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "from 40 models: 2 pairs of at least 0.9 among 1200 training examples, on 2 test examples" in said
+    assert "both 2 (Jaccard" in said, said
+    for train, test in ((1100, 0), (5, 1)):
+        labels = dataset.split_labels("train")[train], dataset.split_labels("test")[test]
+        assert f"{train} {labels[0]} 1.00 {test} {labels[1]} 1.000" in said
