@@ -26,6 +26,7 @@ bench: .venv/dev.stamp
 	$(BIN)/python -m tests.benchmarks.scaling
 	$(BIN)/python -m tests.benchmarks.arithmetic
 	$(BIN)/python -m tests.benchmarks.localization
+	$(BIN)/python -m tests.benchmarks.campaigns --models 400
 
 golden: .venv/dev.stamp
 	$(BIN)/python -m tests.golden

@@ -92,8 +92,9 @@ def moments(membership: np.ndarray, values: np.ndarray) -> Moments:
     """Tally values float64 [models, n] by membership bool [models, n]."""
     parts = {}
     for side, chosen in (("in", membership), ("out", ~membership)):
-        parts[f"{side}_sum"] = np.where(chosen, values, 0.0).sum(axis=0)
-        parts[f"{side}_squares"] = np.where(chosen, values**2, 0.0).sum(axis=0)
+        kept = np.where(chosen, values, 0.0)
+        parts[f"{side}_sum"] = kept.sum(axis=0)
+        parts[f"{side}_squares"] = np.einsum("mn,mn->n", kept, kept)
         parts[f"{side}_total"] = chosen.sum(axis=0)
     return Moments(**parts)
 

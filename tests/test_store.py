@@ -65,6 +65,13 @@ def test_a_put_replaces_what_was_there(store: Store) -> None:
     assert store.names("replaced") == ["a.json"]
 
 
+def test_parts_of_an_object_are_read_by_place_and_length(store: Store) -> None:
+    store.put("folder/object", bytes(range(200)))
+    assert store.ranges_of("folder/object", [(190, 10), (0, 0), (3, 2)]) == [bytes(range(190, 200)), b"", b"\3\4"]
+    with pytest.raises(FileNotFoundError):
+        store.ranges_of("folder/other", [(0, 1)])
+
+
 def test_names_are_sorted_and_relative_to_their_folder(store: Store) -> None:
     for name in ("b.json", "a.json", "deep/er/c.json", "10.json", "9.json"):
         store.put(f"listed/{name}", b"x")
