@@ -119,14 +119,23 @@ def test_a_block_from_before_models_said_where_they_were_made_is_read(tmp_path: 
     assert {(model.host, model.stream, model.seconds) for model in block.models} == {(None, None, 1.5)}
 
 
-@pytest.mark.parametrize("length", [4, 100, 9000, -1])
+@pytest.mark.parametrize("length", [0, 4, 100, 9000, -1])
 def test_a_block_that_is_cut_is_named(length: int, tmp_path: Path) -> None:
     dataset, store = data(5), Store(str(tmp_path))
     put_blocks(store, dataset, range(1))
     name = block_name(key(campaign_of(dataset)), 0)
-    store.put(name, store.get(name)[:length])
+    store.put(name, store.get(name)[:length] if length else b"\xff" * 9000)
     with pytest.raises(InputError, match=r"0\.safetensors is damaged"):
         get_block(store, key(campaign_of(dataset)), 0, dataset, ["train", "test"])
+
+
+def _by_halves(store: Store, spec: InfluenceSpec, dataset: Dataset) -> tuple[int | None, int | None]:
+    """How many pairs of at least .1 even and odd blocks find; the estimate is removed again."""
+    loose = spec.model_copy(update={"threshold": 0.1, "memorization": None})
+    found = campaigns.influence(store, loose, dataset)
+    for ending in (".parquet", ".examples.parquet"):
+        store.delete(f"influence/{key(loose)}{ending}")
+    return found.first_half, found.second_half
 
 
 def test_influence_goes_from_the_blocks_to_the_report(tmp_path: Path) -> None:
@@ -137,6 +146,14 @@ def test_influence_goes_from_the_blocks_to_the_report(tmp_path: Path) -> None:
     summary = campaigns.influence(store, spec, dataset)
     assert (summary.num_examples, summary.num_pairs, summary.num_test, summary.num_above_zero) == (2, 3, 3, 3)
     assert (summary.first_half, summary.second_half, summary.both_halves) == (3, 3, 3)
+    blocks = [get_block(store, key(campaign_of(dataset)), number, dataset, ["test"]) for number in range(12)]
+    for number, count in enumerate(_by_halves(store, spec, dataset)):
+        half = blocks[number::2]
+        inside = np.concatenate([block.membership for block in half]).astype(float)
+        right = np.concatenate([block.outputs["test"].correct for block in half]).astype(float)
+        outside = 1 - inside
+        differences = inside.T @ right / inside.sum(0)[:, None] - outside.T @ right / outside.sum(0)[:, None]
+        assert count == (differences >= 0.1 - 1e-12).sum()
     store.delete(block_name(key(campaign_of(dataset)), 0))
     assert campaigns.influence(store, spec, dataset) == summary, "what is stored is not computed again"
     export.export(store)

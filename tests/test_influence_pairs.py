@@ -106,12 +106,13 @@ def test_too_many_pairs_and_examples_without_a_comparison_are_refused(monkeypatc
         influence_pairs(membership, correct, first, examples=np.arange(60), threshold=0.1)
 
 
-def test_memory_does_not_grow_with_the_pairs_that_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4,000 x 3,000 pairs in float32 are 48 MB; with tiles of 100,000 entries a tenth of that is in use."""
+@pytest.mark.parametrize(("blocks", "train", "test"), [(8, 4000, 3000), (150, 400, 2000)], ids=["pairs", "models"])
+def test_memory_is_bounded_by_a_tile(blocks: int, train: int, test: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs in float32 are 48 MB, all outcomes of the many models 12 MB; tiles have 100,000 entries."""
     monkeypatch.setattr(module, "_ENTRIES", 100_000)
-    membership, correct, first = campaign(8, 4000, 3000)
+    membership, correct, first = campaign(blocks, train, test)
     tracemalloc.start()
-    influence_pairs(membership, correct, first, examples=np.arange(4000), threshold=0.6)
+    influence_pairs(membership, correct, first, examples=np.arange(train), threshold=0.6)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 5e6
