@@ -114,9 +114,12 @@ def remarks(part: Comparison) -> list[str]:
         reason = "one side has a single value" if number >= _FEWEST else f"there are fewer than {_FEWEST} examples"
         said.append(f"No rank correlation exists: {reason}.")
     else:
+        interval = "no interval: too few of the examples differ"
+        if part.low is not None and part.high is not None:
+            interval = f"{part.low:+.2f} to {part.high:+.2f}, 95 % bootstrap interval"
         said.append(
-            f"Rank correlation {part.correlation:+.2f} ({part.low:+.2f} to {part.high:+.2f}, 95 % bootstrap interval "
-            f"over the {number} examples){_of_whom(part.selection)}; noise on both sides lowers it."
+            f"Rank correlation {part.correlation:+.2f} ({interval}, over the {number} examples)"
+            f"{_of_whom(part.selection)}; noise on both sides lowers it."
         )
     said.append(
         "The two are different quantities: an exact score is what an example adds where all others are there, a subset "

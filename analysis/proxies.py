@@ -60,7 +60,10 @@ def proxy_table(tables: Tables) -> pl.DataFrame:
 def correlation_with(
     values: np.ndarray, scores: np.ndarray, resamples: int = RESAMPLES
 ) -> tuple[float | None, float | None, float | None]:
-    """Spearman's rank correlation and the ends of its 95 % bootstrap interval over examples; None where constant."""
+    """Spearman's rank correlation and the ends of its 95 % bootstrap interval over examples; None where constant.
+
+    No interval either where more than one resample in twenty is constant: few of the examples differ.
+    """
 
     def spearman(rows: np.ndarray | slice) -> float:
         ranks = [stats.rankdata(side[rows]) for side in (values, scores)]
@@ -71,6 +74,8 @@ def correlation_with(
         return None, None, None
     rng = np.random.default_rng(0)
     drawn = [spearman(rng.integers(len(scores), size=len(scores))) for _ in range(resamples)]
+    if np.isnan(drawn).mean() > 0.05:
+        return value, None, None
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return value, float(low), float(high)
 

@@ -34,6 +34,8 @@ class Goal:
         """Whether a target is set; raises InputError for one that nothing meets."""
         if self.standard_error is not None and self.standard_error <= 0:
             raise InputError(f"--target-se is {self.standard_error:g}; allowed: above 0")
+        if self.hours is not None and not 0 <= self.hours < math.inf:
+            raise InputError(f"--budget-hours is {self.hours:g}; allowed: hours from 0, or leave it out for no limit")
         return any(target is not None for target in (self.standard_error, self.split_half, self.hours))
 
     def met(self, summary: ScoresSummary) -> str | None:

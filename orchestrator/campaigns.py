@@ -24,6 +24,7 @@ from orchestrator.memorization import (
     Counts,
     Moments,
     Tallied,
+    can_estimate,
     count,
     estimate,
     moments,
@@ -183,6 +184,8 @@ class Tally:
         total, (first, second) = self._total, self._halves
         scores, fit = estimate(total.tallied), estimate(total.counts)
         halves = None if first is None or second is None else (first.tallied, second.tallied)
+        if halves is not None and not all(map(can_estimate, halves)):
+            halves = None  # a single model left each example out, and probabilities need two
         hard = fit.out_mean < 0.5  # the gate is of accuracy, whatever the scores are made of
         return ScoresSummary(
             scores_key=key(self.spec),

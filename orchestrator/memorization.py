@@ -126,6 +126,12 @@ class MemorizationScores:
     num_out: np.ndarray
 
 
+def can_estimate(tallied: Tallied) -> bool:
+    """Whether every example was in and out of enough models: one each, for probabilities two."""
+    fewest = 1 if isinstance(tallied, Counts) else 2
+    return bool(min(tallied.in_total.min(), tallied.out_total.min()) >= fewest)
+
+
 def estimate(tallied: Tallied) -> MemorizationScores:
     """Feldman-Zhang scores (2020, section 4) of what subset models come to, with intervals that fit its kind."""
     return _of_counts(tallied) if isinstance(tallied, Counts) else _of_moments(tallied)

@@ -26,6 +26,7 @@ R = TypeVar("R")
 MAX_TRIES = 3  # workers that one item may lose before it is given up
 PATIENCE_SECONDS = 600.0  # without a single worker, until a map gives up
 _START_SECONDS = 60.0  # for all workers to start; those that come later join in
+_PAUSE_SECONDS = 0.5  # before a worker is started again that the cluster did not let start
 _KNOCK_SECONDS = 5  # for a cluster to take a connection; Ray itself tries for minutes
 _SHORT = "/tmp" if os.path.isdir("/tmp") else None  # Ray's sockets allow paths of about a hundred characters
 
@@ -132,7 +133,11 @@ def sized(workers: int | None, gpus_per_worker: float) -> Cluster:
     """The Ray that we are connected to, with as many workers as asked for and as it can hold; InputError for none."""
     import ray
 
-    resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return fitting(ray.cluster_resources(), workers, gpus_per_worker)  # type: ignore[no-untyped-call]
+
+
+def fitting(resources: Mapping[str, float], workers: int | None, gpus_per_worker: float) -> Cluster:
+    """As many workers as asked for and as the resources hold; InputError for none."""
     room = int(resources.get("CPU", 0))
     if gpus_per_worker > 0:
         room = min(room, int(resources.get("GPU", 0) / gpus_per_worker + 1e-9))
@@ -202,6 +207,7 @@ class Pool(Generic[S]):
     _actors: dict[int, Any] = field(default_factory=dict)
     _starting: dict[Any, int] = field(default_factory=dict)  # call that answers once the actor is ready -> actor
     _failed_starts: Counter[int] = field(default_factory=Counter)
+    _failing_since: dict[int, float] = field(default_factory=dict)
     _references: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -250,16 +256,25 @@ class Pool(Generic[S]):
         self._starting[self._actors[actor].ready.remote()] = actor
 
     def settle(self, call: Any) -> None:
-        """Take a worker that has started into service, or start it anew; the last to fail so MAX_TRIES times raises."""
+        """Take a worker that has started into service, or start it anew.
+
+        A setup that raises is tried MAX_TRIES times; what the cluster did to a worker that was starting (its node left,
+        say) is tried for as long as patience lasts. The last worker to be given up raises.
+        """
         import ray
         from ray.exceptions import RayError
 
         actor = self._starting.pop(call)
         try:
             ray.get(call)
-        except RayError:
+        except RayError as error:
             self._failed_starts[actor] += 1
-            if self._failed_starts[actor] < MAX_TRIES:
+            began = self._failing_since.setdefault(actor, time.monotonic())
+            raised = getattr(error, "actor_init_failed", False)
+            if self._failed_starts[actor] < MAX_TRIES or (
+                not raised and time.monotonic() - began < self.patience_seconds
+            ):
+                time.sleep(0 if raised else _PAUSE_SECONDS)
                 self._start(actor)
                 return
             del self._actors[actor]
@@ -267,6 +282,7 @@ class Pool(Generic[S]):
                 raise
         else:
             self._failed_starts[actor] = 0
+            self._failing_since.pop(actor, None)
 
     def replace(self, actor: int) -> None:
         """Start a new worker in the place of one that died, or that cannot be reached any more."""

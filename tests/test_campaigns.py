@@ -54,7 +54,7 @@ def put_blocks(
     campaign, classes = campaign or campaign_of(dataset), dataset.num_classes
     labels = {split: dataset.split_labels(split) for split in ("train", "test")}
     for block in blocks:
-        membership = block_membership(labels["train"], 0.7, 0, block)
+        membership = block_membership(labels["train"], campaign.fraction, 0, block)
         arrays: dict[str, list[np.ndarray]] = {"in_accuracy": [], "test_accuracy": [], "seconds": []}
         for member in range(10):
             rng = np.random.default_rng([block, member])
@@ -189,3 +189,17 @@ def test_the_command_needs_every_model_and_names_the_pairs(tmp_path: Path, capsy
     for train, test in ((1100, 0), (5, 1)):
         labels = dataset.split_labels("train")[train], dataset.split_labels("test")[test]
         assert f"{train} {labels[0]} 1.00 {test} {labels[1]} 1.000" in said
+
+
+def test_halves_that_left_an_example_out_once_have_no_correlation_of_probabilities(tmp_path: Path) -> None:
+    dataset, store = data(4), Store(str(tmp_path))
+    campaign = campaign_of(dataset).model_copy(update={"fraction": 0.9})
+    put_blocks(store, dataset, range(4), campaign=campaign)
+    found = {}
+    for blocks in (2, 3, 4):
+        spec = ScoresSpec(campaign=campaign, blocks=blocks, estimator="probability")
+        found[blocks] = campaigns.scores(store, spec, dataset)
+    assert [found[blocks].split_half is None for blocks in (2, 3, 4)] == [True, True, False]
+    assert found[2].standard_error is not None
+    of_counts = campaigns.scores(store, ScoresSpec(campaign=campaign, blocks=2), dataset)
+    assert of_counts.split_half is not None

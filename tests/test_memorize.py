@@ -9,6 +9,7 @@ import pytest
 
 from jobs.memorize import Goal
 from orchestrator.campaigns import ScoresSummary
+from orchestrator.registry import InputError
 from tests.benchmarks.stopping import alone, together
 
 SUMMARY = ScoresSummary("k", 20, 1.0, None, 0.9, 0.5, 1.0, standard_error=0.05)
@@ -33,6 +34,12 @@ def test_a_target_is_met_at_its_value_and_not_by_what_is_unknown(
     goal: Goal, changes: dict[str, float], met: bool
 ) -> None:
     assert (goal.met(dataclasses.replace(SUMMARY, **changes)) is not None) == met
+
+
+@pytest.mark.parametrize("hours", [float("inf"), float("nan"), -1.0])
+def test_a_budget_without_end_is_refused(hours: float) -> None:
+    with pytest.raises(InputError, match="--budget-hours is .*; allowed: hours from 0"):
+        _ = Goal(hours=hours).grows
 
 
 def test_intervals_cover_though_the_example_itself_stopped_the_campaign() -> None:

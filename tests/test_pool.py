@@ -120,8 +120,8 @@ def test_workers_have_one_thread(cluster: Cluster) -> None:
 
 
 def test_a_cluster_that_cannot_hold_a_worker_is_refused(cluster: Cluster) -> None:
-    from orchestrator.pool import _size
+    from orchestrator.pool import fitting
 
     with pytest.raises(InputError, match="0 GPUs"):
-        _size({"CPU": 4}, None, 0.5)
-    assert _size({"CPU": 16, "GPU": 2}, None, 0.25) == Cluster(8, 0.25)
+        fitting({"CPU": 4}, None, 0.5)
+    assert fitting({"CPU": 16, "GPU": 2}, None, 0.25) == Cluster(8, 0.25)

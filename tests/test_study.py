@@ -40,7 +40,7 @@ def test_every_stage_and_ranking_of_a_composed_method_is_an_axis() -> None:
     )
     runs = [run for arm, run in study.runs(DATA) if arm == "rum"]
     # rankings x fine-tuning's rates x SalUn's rates x forget sets x seeds
-    assert len(runs) == len({key(run) for run in runs}) == 2 * 3 * 2 * 2 * 3
+    assert len(runs) == len({key(run) for run in runs}) == 2 * 3 * 2 * 2 * 5
     assert [stage.method.name for stage in runs[0].stages] == ["identity", "finetune", "random_labels"]
     assert {run.stages[1].method.options["lr"] for run in runs} == {0.1, 0.2, 0.3}
     assert {run.stages[2].mask.budget for run in runs if run.stages[2].mask} == {0.5}

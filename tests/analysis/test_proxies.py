@@ -44,6 +44,13 @@ def made(folder: Path, split_half: float | None = 0.6) -> Path:
     return content.write(folder)
 
 
+def test_where_resamples_are_constant_there_is_no_interval() -> None:
+    values = np.array([0.0, 0, 0, 0, 0, 1])
+    assert proxies.correlation_with(values, values) == (1.0, None, None)
+    rising = np.arange(6.0)
+    assert None not in proxies.correlation_with(rising, rising)
+
+
 def test_correlations_are_scipys_with_an_interval_around_them(tmp_path: Path) -> None:
     read = load.load(made(tmp_path))
     frame = proxies.proxy_table(read)
