@@ -14,6 +14,8 @@ from analysis.load import Tables
 
 COLUMNS: Mapping[str, pl.DataType] = {
     "scores_key": pl.String(),
+    "models": pl.Int64(),
+    "estimator": pl.String(),
     "proxies_key": pl.String(),
     "proxy": pl.String(),
     "correlation": pl.Float64(),
@@ -23,6 +25,7 @@ COLUMNS: Mapping[str, pl.DataType] = {
     "seconds": pl.Float64(),
     "cost": pl.Float64(),
 }
+_CAMPAIGN = ("scores_key", "models", "estimator")
 RESAMPLES = 1000
 HEADINGS = ("proxy", "rank correlation", "95 % interval", "ceiling", "seconds", "share of the campaign")
 
@@ -49,7 +52,7 @@ def proxy_table(tables: Tables) -> pl.DataFrame:
             seconds = float(group["seconds"][0] + group["training_seconds"][0])
             line = dict(zip(("correlation", "low", "high"), correlation_with(values, scores), strict=True))
             lines.append(
-                {"scores_key": campaign["scores_key"], "proxies_key": name, "proxy": label, **line}
+                {**{column: campaign[column] for column in _CAMPAIGN}, "proxies_key": name, "proxy": label, **line}
                 | {"ceiling": ceiling(campaign["split_half"]), "seconds": seconds}
                 | {"cost": seconds / campaign["model_seconds"]}
             )
@@ -106,8 +109,8 @@ def _number(value: object, form: str) -> str:
 def render(frame: pl.DataFrame) -> list[Table]:
     """The table for the terminal, one part per campaign."""
     shown = []
-    for (scores,), group in frame.group_by("scores_key", maintain_order=True):
-        title = f"\nproxies against the scores {str(scores)[:8]}"
+    for (scores, models, estimator), group in frame.group_by(*_CAMPAIGN, maintain_order=True):
+        title = f"\nproxies against the scores {str(scores)[:8]}: {models} models, of {estimator}"
         table = Table(title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0), box=None)
         for heading in HEADINGS:
             table.add_column(heading, justify="left" if heading == "proxy" else "right", no_wrap=True)

@@ -250,7 +250,7 @@ def _proxies(read: Tables) -> list[dict[str, Any]]:
         lines = group.to_dicts()
         parts.append(
             {
-                "scores": str(scores)[:8],
+                "scores": f"{str(scores)[:8]} ({lines[0]['models']} models, of {lines[0]['estimator']})",
                 "columns": proxies.HEADINGS,
                 "lines": [proxies.cells(line) for line in lines],
                 "figure": _embed(proxies.figure(lines)),

@@ -34,18 +34,21 @@ def run(options: Options) -> None:
 
 
 def _show(session: Session, tasks: list[Task]) -> None:
-    work.campaign_scores(session)
+    scores = work.campaign_scores(session)
     export.export(session.store)
     with exports(session.store) as folder:
         frame = analysis.proxy_table(load.load(folder))
     names = [PurePosixPath(name).stem for task in tasks for name in task.objects]
     frame = frame.filter(frame["proxies_key"].is_in(names))
-    if not len(frame):
+    if scores is None:
+        others = "; below are others of this setting" if len(frame) else ""
         console.print(
-            f"the store has no memorization scores of this setting to compare with; `unlearn memorize "
-            f"{session.study.recipe}` with the same options makes them",
+            f"the campaign's {session.study.campaign.models} subset models are not all in the store; `unlearn memorize "
+            f"{session.study.recipe}` with the same options trains them{others}",
             highlight=False,
         )
+    else:
+        frame = frame.filter(frame["scores_key"] == scores.scores_key)
     wide = Console(width=max(console.width, 110))
     for table in analysis.render(frame):
         wide.print(table)

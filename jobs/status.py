@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,9 +31,8 @@ def run(options: Options) -> None:
     store = existing_store(options.storage)
     present = results.row_keys(store)
     attempts = results.get_attempts(store)
-    failed = {name: tries[-1] for name, tries in attempts.items() if name not in present}
-    failed = {name: last for name, last in failed.items() if not _is_done(store, last)}
-    console.print(_sweeps(store, present, set(failed)))
+    failed = _failed(store, {name: tries for name, tries in attempts.items() if name not in present})
+    console.print(_sweeps(store, present, {tries[-1].key for tries in failed}))
     models, stored = Counter[str](), store.names("campaigns")
     for name in stored:
         campaign, folder, rest = name.split("/", 2)
@@ -49,16 +49,26 @@ def run(options: Options) -> None:
         wide = Console(width=max(console.width, _WIDTH))
         for table in analysis.render(analysis.totals(costs.cost_lines(stretches), costs.worker_lines(stretches))):
             wide.print(table)
-    for name, attempt in failed.items():
-        kind = attempt.provenance.get("kind", "run")
-        tries = f"{len(attempts[name])} {'try' if len(attempts[name]) == 1 else 'tries'}"
-        console.print(f"[red]failed[/red] {escape(f'{kind} {name[:8]} ({tries}): {attempt.error}')}", highlight=False)
+    for tries in failed:
+        kind, what = (tries[-1].provenance.get(fact, other) for fact, other in (("kind", "run"), ("what", "")))
+        number = f"{len(tries)} {'try' if len(tries) == 1 else 'tries'}"
+        said = f"{kind} {tries[-1].key[:8]} ({f'{what}, ' if what else ''}{number}): {tries[-1].error}"
+        console.print(f"[red]failed[/red] {escape(said)}", highlight=False)
+
+
+def _failed(store: Store, attempts: Mapping[str, Sequence[results.Attempt]]) -> list[list[results.Attempt]]:
+    """The tries at each thing that failed and is not there by now; many models of a campaign may have."""
+    found: dict[tuple[str, object], list[results.Attempt]] = {}
+    for name, tries in attempts.items():
+        for attempt in tries:
+            found.setdefault((name, attempt.provenance.get("what")), []).append(attempt)
+    return [tries for tries in found.values() if not _is_done(store, tries[-1])]
 
 
 def _is_done(store: Store, attempt: results.Attempt) -> bool:
     """Whether what an attempt failed to make is there by now."""
-    wanted = attempt.provenance.get("object")
-    return wanted is not None and store.exists(wanted)
+    wanted = attempt.provenance.get("objects") or [attempt.provenance.get("object")]
+    return any(name is not None and store.exists(name) for name in wanted)
 
 
 def _sweeps(store: Store, present: set[str], failed: set[str]) -> Table:

@@ -41,6 +41,8 @@ def put_together(store: Store, campaign: str, block: int, membership: np.ndarray
     try:
         parts = [results.unpack(store, name) for name in names]
         said = [results.metadata_of(store, name) for name in names]
+        for each in said:
+            each.pop(results.CHECKSUMS, None)  # of the model's arrays; the block has its own
     except FileNotFoundError:
         if store.exists(whole):
             return

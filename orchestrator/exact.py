@@ -58,6 +58,9 @@ def by_scores(text: str) -> bool:
     return bool(colon) and rule in RULES
 
 
+_LONGEST = 18  # digits of a number that an int64 holds
+
+
 def select(text: str, total: int, scores: Callable[[], np.ndarray]) -> tuple[int, ...]:
     """The sorted training indices that a text asks for: `12,57`, a file of them, or a rule and a number.
 
@@ -73,6 +76,8 @@ def select(text: str, total: int, scores: Callable[[], np.ndarray]) -> tuple[int
         words = text.replace(",", " ").split()
         if not all(word.removeprefix("-").isdecimal() for word in words):
             raise InputError(f"--exact is {text!r}; allowed: training indices such as 12,57,300")
+        if long := [word for word in words if len(word) > _LONGEST]:
+            raise InputError(f"{what} has the index {long[0]}; allowed: 0 to {total - 1}")
         found = np.array([int(word) for word in words], dtype=np.int64)
     elif Path(text).is_file():
         found = parse_indices(text, Path(text).read_bytes(), what)

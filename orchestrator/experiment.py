@@ -377,7 +377,8 @@ class Workspace:
 
     def _put_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         plain = {part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}
-        self.store.put(name, safetensors.torch.save(plain, dict(metadata) if metadata else None))
+        sums = results.checksums({part: tensor.numpy() for part, tensor in plain.items()})
+        self.store.put(name, safetensors.torch.save(plain, {**(metadata or {}), **sums}))
 
 
 def plain_stage(stage: StageSpec) -> PlainStage:
@@ -387,9 +388,9 @@ def plain_stage(stage: StageSpec) -> PlainStage:
 
 def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
     """Keep a try at a task that came to nothing, as an attempt."""
-    wanted = Task("block", task.spec, task.block) if task.kind == "model" else task
+    wanted = [task, Task("block", task.spec, task.block)] if task.kind == "model" else [task]
     facts = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
-    provenance = {**facts, "object": wanted.objects[0]}
+    provenance = {**facts, "what": task.label, "objects": [name for each in wanted for name in each.objects]}
     spec = task.spec.model_dump(mode="json")
     results.put_attempt(store, results.Attempt(key(task.spec), spec, "failed", error, provenance))
 

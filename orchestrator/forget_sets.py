@@ -130,7 +130,7 @@ def parse_indices(path: str, content: bytes, what: str) -> np.ndarray:
         if wrong := [word for word in words if not _is_number(word)]:
             raise ValueError(f"{wrong[0]!r} is not a whole number")
         return np.array([int(word) for word in words], dtype=np.int64)
-    except (ValueError, OSError, pa.ArrowException) as error:
+    except (ValueError, OverflowError, OSError, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise
         reason = str(error).split("\n", 1)[0]

@@ -398,7 +398,8 @@ def steady(device: str = "cpu") -> Iterator[None]:
         torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False):  # which turns gradients on, too
+        with torch.inference_mode(False), torch.random.fork_rng([]):  # the first turns gradients on, too
+            torch.default_generator.manual_seed(0)  # whatever draws from it draws the same on every worker
             yield
     finally:
         torch.set_num_threads(before[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -166,18 +167,41 @@ def get_sweeps(store: Store) -> list[Sweep]:
 
 
 def pack(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Arrays by name as one safetensors object."""
+    """Arrays by name as one safetensors object, which carries a checksum of each."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return safetensors.numpy.save(contiguous, dict(metadata) if metadata else None)
+    return safetensors.numpy.save(contiguous, {**(metadata or {}), **checksums(contiguous)})
+
+
+CHECKSUMS = "crc32"  # the metadata that hold them
+
+
+def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The metadata by which readers tell that bytes have changed."""
+    return {CHECKSUMS: json.dumps({name: _checksum(array) for name, array in sorted(arrays.items())})}
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _verify(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Raise ValueError where an array is not what its checksum says; objects from before they were kept have none."""
+    known = json.loads(metadata.get(CHECKSUMS, "{}"))
+    for name, array in arrays.items():
+        if name in known and _checksum(array) != known[name]:
+            raise ValueError(f"the bytes of {name} do not match their checksum")
 
 
 def unpack(store: Store, name: str) -> dict[str, np.ndarray]:
     """The arrays of a stored safetensors object; raises InputError where it is damaged."""
     content = store.get(name)
     try:
-        return safetensors.numpy.load(content)
+        arrays = safetensors.numpy.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        _verify(arrays, header.get("__metadata__", {}))
     except (SafetensorError, ValueError) as error:
         raise _damaged(store, name, error) from None
+    return arrays
 
 
 _USUAL_HEADER = 8192  # bytes that hold most headers: one read
@@ -199,6 +223,7 @@ def unpack_some(store: Store, name: str, wanted: Callable[[str], bool]) -> tuple
             part: np.frombuffer(content, _TYPES[place["dtype"]]).reshape(place["shape"])
             for (part, place), content in zip(chosen.items(), store.ranges_of(name, ranges), strict=True)
         }
+        _verify(arrays, metadata)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(store, name, error) from None
     return arrays, metadata

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +21,18 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
     Torch's CPU generator keeps 32 bits of its seed, so two of n streams coincide with probability n^2 / 2^33.
     """
     return torch.Generator().manual_seed(int.from_bytes(_digest(seed, purpose)[:8], "big") >> 1)
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """What draws without naming a generator (dropout does) draws inside from one seeded by the state of this one.
+
+    The generator itself is not moved on, and torch's own is as before afterwards.
+    """
+    seed = zlib.crc32(generator.get_state().numpy().tobytes())
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from orchestrator.data import Augment, Examples
 from orchestrator.descent import Descent
+from orchestrator.seeds import drawing_from
 
 Schedule = Literal["step", "epoch"]
 """When the rate changes: each step, or between epochs alone, as released with DEL."""
@@ -208,7 +209,7 @@ def fit(
     falls as if every epoch had as many steps as the first. `num_batches` cuts each epoch, so that models trained on
     subsets that differ in size by one take the same steps. Under a mask, entries outside `trainable` do not move by
     one bit, whatever momentum and weight decay do; under a mask with none trainable nothing moves, buffers included.
-    Batch-norm statistics follow training unless the mask freezes them.
+    Batch-norm statistics follow training unless the mask freezes them. Dropout draws from a stream of the `generator`.
     Raises FloatingPointError where the loss stops being finite.
     """
     if mask is not None and not any(bool(part.any()) for part in mask.trainable.values()):
@@ -217,7 +218,7 @@ def fit(
     autocast = autocast_of(device, training.precision)
     train_mode(model, mask)
     step = num_steps = 0
-    with _Restraint(model, mask) as restrained:
+    with _Restraint(model, mask) as restrained, drawing_from(generator, device):
         optimizer = _optimizer(restrained.parameters, training, device)
         for epoch in range(training.epochs):
             data = examples(epoch) if callable(examples) else examples

@@ -181,7 +181,7 @@ def test_a_training_that_fails_is_an_attempt_that_says_which(dataset: Dataset, t
     assert outcome.label == "without example 3, seed 1"
     assert "try a smaller one" in str(outcome.error)
     (attempt,) = results.get_attempts(store)[key(single)]
-    assert attempt.provenance["object"] == exact.single_object(key(single))
+    assert attempt.provenance["objects"] == [exact.single_object(key(single))]
     assert not store.exists(exact.single_object(key(single)))
 
 

@@ -38,7 +38,7 @@ def test_a_target_is_met_at_its_value_and_not_by_what_is_unknown(
 
 @pytest.mark.parametrize("hours", [float("inf"), float("nan"), -1.0])
 def test_a_budget_without_end_is_refused(hours: float) -> None:
-    with pytest.raises(InputError, match="--budget-hours is .*; allowed: hours from 0"):
+    with pytest.raises(InputError, match=r"--budget-hours is .*; allowed: hours from 0"):
         _ = Goal(hours=hours).grows
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors.numpy
 
 from orchestrator.data import SplitOutputs
 from orchestrator.pipeline import half
@@ -32,6 +33,7 @@ from orchestrator.results import (
     row_keys,
     sweep_key,
     unpack,
+    unpack_some,
 )
 from orchestrator.schemas import TABLES
 from orchestrator.store import Store
@@ -290,3 +292,21 @@ def test_a_row_from_before_a_field_was_added_agrees_with_one_at_its_default() ->
     assert stored.comparable_with == earlier.comparable_with
     spec["setting"]["training"]["schedule"] = "epoch"
     assert stored.comparable_with != earlier.comparable_with
+
+
+def test_flipped_bytes_are_noticed_and_objects_without_checksums_are_read(store: Store) -> None:
+    arrays = {"a": np.arange(600, dtype=np.float16).reshape(20, 30), "b": np.array(True), "none": np.zeros((0, 3))}
+    whole = pack(arrays, {"host": "here"})
+    store.put("x", whole)
+    for name, array in unpack(store, "x").items():
+        assert np.array_equal(array.reshape(arrays[name].shape), arrays[name])
+    assert np.array_equal(unpack_some(store, "x", lambda name: name == "a")[0]["a"], arrays["a"])
+    place = whole.rindex(np.float16(300).tobytes())
+    store.put("x", whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(InputError, match=r"x is damaged .the bytes of a do not match their checksum.; remove it"):
+        unpack(store, "x")
+    with pytest.raises(InputError, match="x is damaged"):
+        unpack_some(store, "x", lambda name: name == "a")
+    assert "a" not in unpack_some(store, "x", lambda name: name == "b")[0], "what is not asked for is not read"
+    store.put("old", safetensors.numpy.save({"a": arrays["a"]}))
+    assert np.array_equal(unpack(store, "old")["a"], arrays["a"])

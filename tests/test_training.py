@@ -1,3 +1,4 @@
+import copy
 import math
 from collections.abc import Callable
 
@@ -434,3 +435,19 @@ def test_training_sees_augmented_images_and_nothing_else_does(model: nn.Module, 
         kept.train.relabelled(kept.train.labels),
     )
     assert {part.augment for part in parts} == {"crop_flip"}
+
+
+def test_dropout_draws_from_the_stream_of_its_training_whatever_was_drawn_before(splits: Splits) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    training = Training(0.1, epochs=2, batch_size=8)
+    before = torch.get_rng_state()
+    found = []
+    for seed in (0, 0, 1):
+        torch.rand(seed + len(found) + 1)  # another worker, with another past
+        state = torch.get_rng_state()
+        found.append(fit(copy.deepcopy(net), splits.train, training=training, generator=generator(seed, "dropout")))
+        assert torch.equal(torch.get_rng_state(), state), "what others draw is changed"
+    torch.set_rng_state(before)
+    first, again, other = (torch.cat([p.flatten() for p in each.parameters()]) for each in found)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
