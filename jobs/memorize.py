@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 
 from jobs import ledger, work
 from jobs.progress import console
@@ -77,12 +78,13 @@ def _grow(session: Session, goal: Goal) -> None:
     most = (goal.models or MOST_MODELS) // BLOCK_SIZE
     begin, cost = time.monotonic(), work.Cost()
     tally = Tally(session.store, campaign, session.dataset, session.study.campaign.estimator)
-    tally.resume(most)
+    whole = (Task("block", campaign, place).object_name in session.plan.present for place in range(most))
+    tally.resume(sum(1 for _ in takewhile(bool, whole)))  # sums may be there of blocks that are not any more
     cost.cached += BLOCK_SIZE * tally.blocks
     while tally.blocks < most and Task("block", campaign, tally.blocks).object_name in session.plan.present:
         tally.add()
         cost.cached += BLOCK_SIZE
-    reason = _enough(tally, goal, most, begin)
+    reason, stopping = _enough(tally, goal, most, begin), None
     if session.options.dry_run:
         state = f"enough: {reason}" if reason else "more are needed"
         console.print(f"{BLOCK_SIZE * tally.blocks} subset models in the store; {state}", highlight=False)
@@ -90,8 +92,9 @@ def _grow(session: Session, goal: Goal) -> None:
     if reason is None:
         with work.cluster_of(session) as cluster:
             reason = _rounds(session, cluster, goal, tally, most, begin, cost)
+        stopping = goal.met(tally.summary()) if tally.can_estimate else None
     if tally.can_estimate:
-        work.print_scores(campaigns.put_scores(tally, stopping=goal.met(tally.summary())))
+        work.print_scores(campaigns.put_scores(tally, stopping))
         console.print(
             f"stopped at {BLOCK_SIZE * tally.blocks} models: {reason}. "
             f"Use them with --set campaign.models={BLOCK_SIZE * tally.blocks}",

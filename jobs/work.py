@@ -201,7 +201,7 @@ def utilisation(outcomes: Sequence[Outcome], workers: int) -> float:
     models = [outcome for outcome in outcomes if outcome.kind == "model"]
     begin, end = min(o.began for o in models), max(o.began + o.seconds for o in models)
     busy = 0.0
-    for outcome in outcomes:
+    for outcome in (o for o in outcomes if o.seconds):  # one whose workers died has none
         inside = min(end, outcome.began + outcome.seconds) - max(begin, outcome.began)
         busy += outcome.training_seconds * max(0.0, inside) / outcome.seconds
     return busy / (workers * (end - begin))

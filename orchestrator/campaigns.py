@@ -68,12 +68,16 @@ class ScoresSummary:
 
 def scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresSummary:
     """The stored summary of these scores; scores that are not there are estimated from the campaign's blocks."""
+    return _stored_summary(store, spec) or _compute_scores(store, spec, dataset)
+
+
+def _stored_summary(store: Store, spec: ScoresSpec) -> ScoresSummary | None:
     name = f"scores/{key(spec)}.parquet"
     if not store.exists(name):
-        return _compute_scores(store, spec, dataset)
+        return None
     metadata = results.get_table(store, name).schema.metadata or {}
     if b"setting" not in metadata:  # from before scores said what they are of
-        return _compute_scores(store, spec, dataset)
+        return None
     return ScoresSummary(**json.loads(metadata[b"summary"]))
 
 
@@ -211,8 +215,12 @@ def _compute_scores(store: Store, spec: ScoresSpec, dataset: Dataset) -> ScoresS
 def put_scores(tally: Tally, stopping: str | None = None) -> ScoresSummary:
     """Estimate scores from the blocks read, store them with the images of the most memorized, and sum up.
 
-    `stopping` says which target the scores met where that ended the campaign: their intervals are then nominal.
+    `stopping` says which target the scores met where that ended the campaign: their intervals are then nominal. Scores
+    that are there already stay as they are, and what they say of stopping too.
     """
+    if (stored := _stored_summary(tally.store, tally.spec)) is not None:
+        tally.keep()
+        return stored
     store, dataset, summary = tally.store, tally.dataset, replace(tally.summary(), stopping=stopping)
     labels, scores = dataset.split_labels("train"), estimate(tally.total)
     true_labels = dataset.split_true_labels("train")

@@ -26,7 +26,14 @@ from orchestrator.data import Dataset, Splits
 from orchestrator.localization import Scores, rank
 from orchestrator.memorization import block_membership
 from orchestrator.models import head_names
-from orchestrator.pipeline import Finished, Lab, split_examples, steady
+from orchestrator.pipeline import (
+    BrokenWorkerError,
+    Finished,
+    Lab,
+    is_of_a_broken_device,
+    split_examples,
+    steady,
+)
 from orchestrator.registry import InputError, Plugin, canonical_json, load_plugin
 from orchestrator.rows import make_row
 from orchestrator.seeds import generator, numpy_generator
@@ -141,7 +148,10 @@ class Workspace:
         self._host, self._name = socket.gethostname(), secrets.token_hex(4)  # a pid may be another's in a container
 
     def perform(self, task: Task) -> Outcome:
-        """Compute a task and store the result; a failure becomes an attempt and an Outcome, StorageError ends all."""
+        """Compute a task and store the result; a failure becomes an attempt and an Outcome, StorageError ends all.
+
+        BrokenWorkerError asks for another process, whose tries are counted as if this one had died.
+        """
         began, wall, cpu, self._training_seconds = time.time(), time.perf_counter(), time.process_time(), 0.0
         work: Callable[[Task], int] = getattr(self, f"_{task.kind}")
         models, error = 0, None
@@ -151,6 +161,8 @@ class Workspace:
             except StorageError:
                 raise
             except (Exception, SystemExit) as failure:  # one failed task is a result: the others go on
+                if is_of_a_broken_device(failure):
+                    raise BrokenWorkerError(f"{type(failure).__name__}: {failure}") from failure
                 error = str(failure) if isinstance(failure, InputError) else f"{type(failure).__name__}: {failure}"
                 self._kept.clear()  # what failed may have left changed is cut and loaded anew
                 self.lab.forget()

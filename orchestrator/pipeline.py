@@ -252,6 +252,15 @@ class Finished:
     seconds: float
 
 
+class BrokenWorkerError(RuntimeError):
+    """A device failed in such a way that nothing can be computed on it by this process any more."""
+
+
+def is_of_a_broken_device(error: BaseException) -> bool:
+    """Whether an error leaves its process without a usable device; running out of its memory does not."""
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
+
 REFERENCE = "retrain"  # the method whose runs are references
 
 

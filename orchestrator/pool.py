@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from orchestrator.pipeline import BrokenWorkerError
 from orchestrator.registry import InputError
 
 S = TypeVar("S")
@@ -374,21 +375,26 @@ class _Mapping(Generic[S, A, R]):
         try:
             result = ray.get(call)
         except RayTaskError as error:
-            raise error.cause from error
+            if not isinstance(error.cause, BrokenWorkerError):
+                raise error.cause from error
+            self._lose(actor, error.cause)
         except ObjectLostError as error:  # computed, and gone with its node before it was fetched
             self._drop(call)
             self._retry(item, error)
         except RayError as error:  # of the worker: died, out of memory, out of reach, its node gone
-            calls = [call for call, (_, where) in self.running.items() if where == actor]
-            items = [self._drop(call) for call in calls]
-            self.waiting.extendleft(reversed(items[1:]))  # innocent: they have used up no try
-            self._retry(item, error)
-            self.pool.replace(actor)
+            self._lose(actor, error)
         else:
             self._drop(call)
             self.results[item] = result
             if self.done is not None:
                 self.done(result)
+
+    def _lose(self, actor: int, error: Exception) -> None:
+        """Give a worker up for lost: the call that it was working on has used up a try, those behind it none."""
+        first, *behind = [self._drop(c) for c in [c for c, (_, where) in self.running.items() if where == actor]]
+        self.waiting.extendleft(reversed(behind))
+        self._retry(first, error)
+        self.pool.replace(actor)
 
     def _drop(self, call: Any) -> int:
         item, actor = self.running.pop(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -130,9 +131,7 @@ def row_keys(store: Store) -> set[str]:
 
 def put_attempt(store: Store, attempt: Attempt) -> None:
     """Keep a failed try beside the earlier ones of the same run."""
-    earlier = [int(name.removesuffix(".json")) for name in store.names(f"attempts/{attempt.key}")]
-    number = max(earlier, default=-1) + 1
-    store.put(f"attempts/{attempt.key}/{number}.json", seal(asdict(attempt)))
+    store.put(f"attempts/{attempt.key}/{time.time_ns()}.json", seal(asdict(attempt)))
 
 
 def get_attempts(store: Store) -> dict[str, list[Attempt]]:

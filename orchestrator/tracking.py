@@ -257,7 +257,7 @@ def _experiment(uri: str, store: Store) -> tuple[MlflowClient, str]:
     """A client, and the id of our experiment there, made where it is missing."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is said once, by who catches it
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

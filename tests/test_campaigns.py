@@ -203,3 +203,15 @@ def test_halves_that_left_an_example_out_once_have_no_correlation_of_probabiliti
     assert found[2].standard_error is not None
     of_counts = campaigns.scores(store, ScoresSpec(campaign=campaign, blocks=2), dataset)
     assert of_counts.split_half is not None
+
+
+def test_scores_that_are_there_stay_as_they_are_and_what_they_say_of_stopping(tmp_path: Path) -> None:
+    dataset = data(4)
+    for first, second in (("a target", None), (None, "a target")):
+        store = Store(str(tmp_path / str(first)))
+        put_blocks(store, dataset, range(2))
+        for stopping in (first, second):
+            tally = campaigns.Tally(store, campaign_of(dataset), dataset)
+            tally.add(2)
+            assert campaigns.put_scores(tally, stopping).stopping == first
+        assert campaigns.scores(store, tally.spec, dataset).stopping == first

@@ -20,7 +20,7 @@ from orchestrator.data import DATASETS, Dataset, Examples, Outputs
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, scores_object
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import METRICS
-from orchestrator.pipeline import Lab
+from orchestrator.pipeline import BrokenWorkerError, Lab
 from orchestrator.plan import Plan
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
@@ -119,6 +119,23 @@ def test_a_method_that_changes_its_model_in_place_changes_no_other_run(
     assert metrics_of(store, polite) == metrics_of(alone, polite)
     moved = results.get_row(store, key(rude)).measurements
     assert moved["moved"] > 0, "what moved is counted against the original as it was"
+
+
+def test_a_broken_device_asks_for_another_process_and_a_full_one_does_not(
+    dataset: Dataset, registered: Callable[..., str], tmp_path: Path
+) -> None:
+    def method_on_a_broken_device(model: nn.Module) -> nn.Module:
+        """Fails as CUDA does."""
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def method_out_of_memory(model: nn.Module) -> nn.Module:
+        """Fails as CUDA does when it is full."""
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(BrokenWorkerError, match="illegal memory access"):
+        performed(dataset, tmp_path / "broken", run_of(dataset, registered(method_on_a_broken_device)))
+    outcomes, _ = performed(dataset, tmp_path / "full", run_of(dataset, registered(method_out_of_memory)))
+    assert "out of memory" in str(outcomes[0].error)
 
 
 @pytest.mark.parametrize("how", ["plain", "data", "numpy", "images", "and fails"])

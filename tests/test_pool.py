@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster, ray_map
+from orchestrator.pipeline import BrokenWorkerError
+from orchestrator.pool import Cluster, Pool, WorkerDeathError, fitting, ray_cluster, ray_map
 from orchestrator.registry import InputError
 
 
@@ -74,6 +75,23 @@ def test_an_item_that_kills_every_worker_is_given_up_by_name_after_the_others(cl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "4", "5", "6", "7"]
 
 
+def spoil_its_process(state: Path, number: int) -> int:
+    """Number 3 breaks the device of the first process that takes it, for all that come after."""
+    if number == 3 and not (state / "spoiled").exists():
+        (state / "spoiled").write_text(str(os.getpid()))
+    if (state / "spoiled").exists() and (state / "spoiled").read_text() == str(os.getpid()):
+        raise BrokenWorkerError("CUDA error: an illegal memory access was encountered")
+    return number
+
+
+def test_a_worker_whose_device_is_broken_is_replaced_and_its_item_done_by_another(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    with Pool(Cluster(2, 0.0), Path, (str(tmp_path),)) as pool:
+        assert pool.map(spoil_its_process, range(8)) == list(range(8))
+        assert pool.usage.deaths == 1
+
+
 def broken(path: str) -> Path:
     raise OSError(f"no driver for {path}")
 
@@ -120,7 +138,6 @@ def test_workers_have_one_thread(cluster: Cluster) -> None:
 
 
 def test_a_cluster_that_cannot_hold_a_worker_is_refused(cluster: Cluster) -> None:
-    from orchestrator.pool import fitting
 
     with pytest.raises(InputError, match="0 GPUs"):
         fitting({"CPU": 4}, None, 0.5)

@@ -140,18 +140,17 @@ def attempt(key: str, number: int) -> Attempt:
     return Attempt(key, {"seed": number}, "failed", f"FloatingPointError: number {number}", {"time": 1.0 * number})
 
 
-def test_attempts_are_numbered_and_come_back_oldest_first(store: Store) -> None:
+def test_attempts_come_back_oldest_first(store: Store) -> None:
     for number in range(12):
         put_attempt(store, attempt("a", number))
     put_attempt(store, attempt("b", 0))
-    assert set(store.names("attempts/a")) == {f"{number}.json" for number in range(12)}
     assert get_attempts(store) == {"a": [attempt("a", number) for number in range(12)], "b": [attempt("b", 0)]}
 
 
 def test_a_removed_attempt_does_not_cost_another_one(store: Store) -> None:
     for number in range(3):
         put_attempt(store, attempt("a", number))
-    store.delete("attempts/a/0.json")
+    store.delete(f"attempts/a/{store.names('attempts/a')[0]}")
     put_attempt(store, attempt("a", 3))
     assert get_attempts(store) == {"a": [attempt("a", number) for number in (1, 2, 3)]}
 
