@@ -85,7 +85,8 @@ def totals(costs: Iterable[Mapping[str, Any]], workers: Iterable[Mapping[str, An
 def cells(total: Total) -> list[str]:
     """A total as text, under `HEADINGS`."""
     share, rate = total.utilisation, total.per_hour
-    least = min((worker.utilisation for worker in total.workers.values()), default=None)
+    workers = [w for w in total.workers.values() if total.is_campaign or w.training or w.outside]
+    least = min((worker.utilisation for worker in workers), default=None)
     return [
         total.name,
         str(total.trained),

@@ -259,4 +259,5 @@ def _table(title: str, headings: Sequence[str], frame: pl.DataFrame, text: _Text
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for line in frame.to_dicts():
         table.add_row(*text(line))
+    table.show_header = len(frame) > 0
     return table

@@ -370,6 +370,9 @@ class ScoreSummary:
     held_out_auc: float | None
     estimator: str = "correctness"
     stopping: str | None = None
+    split_half: float | None = None
+    top_overlap: float | None = None
+    standard_error: float | None = None
 
     @property
     def passes_gate(self) -> bool:
@@ -392,6 +395,9 @@ def score_summary(tables: Tables, scores_key: str) -> ScoreSummary:
         num_models=int(scores["num_in"][0] + scores["num_out"][0]),
         estimator=campaign[0]["estimator"] if campaign else "correctness",
         stopping=campaign[0]["stopping"] if campaign else None,
+        split_half=campaign[0]["split_half"] if campaign else None,
+        top_overlap=campaign[0]["top_overlap"] if campaign else None,
+        standard_error=campaign[0]["standard_error"] if campaign else None,
         in_accuracy=campaign[0]["in_accuracy"] if campaign else _in_accuracy(scores),
         hard_in_accuracy=campaign[0]["hard_in_accuracy"] if campaign else _in_accuracy(hard) if len(hard) else None,
         num_flipped=count,

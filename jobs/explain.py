@@ -20,7 +20,7 @@ def run(first: str, second: str, storage: str) -> None:
     for field, left, right in differences:
         console.print(f"{field}: {left!r} and {right!r}", highlight=False)
     if not differences:
-        same = "they are one run" if a.key == b.key else "the version of a function that they name"
+        same = "they are one run" if a.key == b.key else "a function that they name has changed since (its version)"
         console.print(f"the specs are equal; {same}", highlight=False)
 
 
@@ -37,5 +37,8 @@ def _differences(a: Any, b: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for name in sorted({*a, *b}):
             yield from _differences(a.get(name), b.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for number, (left, right) in enumerate(zip(a, b, strict=True), 1):
+            yield from _differences(left, right, f"{path}.{number}")
     elif a != b:
         yield path, a, b

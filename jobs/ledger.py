@@ -168,12 +168,12 @@ class Ledger:
     def _update(self) -> None:
         """Bring the record level with what was heard."""
         own = [o for o in self.outcomes if o.kind == "model" or self.stretch.campaign is None]
-        window = costs.window(self.outcomes) or (self.stretch.created, self.stretch.created)
+        window = costs.window(own) or (self.stretch.created, self.stretch.created)
         self.stretch = replace(
             self.stretch,
             began=window[0],
             ended=window[1],
-            workers=costs.workers_of(self.outcomes, self.cluster.workers),
+            workers=costs.workers_of(costs.within(self.outcomes, *window), self.cluster.workers),
             models=sum(outcome.models for outcome in own),
             model_seconds=sum(outcome.training_seconds for outcome in own),
         )

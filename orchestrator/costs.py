@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -157,6 +157,18 @@ def window(outcomes: Iterable[Outcome]) -> tuple[float, float] | None:
     """When the first task began and the last ended; None where no worker came back with any."""
     done = [outcome for outcome in outcomes if outcome.worker]
     return (min(o.began for o in done), max(o.ended for o in done)) if done else None
+
+
+def within(outcomes: Iterable[Outcome], began: float, ended: float) -> list[Outcome]:
+    """The outcomes, as far as they fell into a window: of those that reach out of it, the share inside."""
+    found = []
+    for outcome in outcomes:
+        inside = min(outcome.ended, ended) - max(outcome.began, began)
+        if inside > 0:
+            share = min(1.0, inside / outcome.seconds)
+            parts = {name: share * getattr(outcome, name) for name in ("training_seconds", "cpu_seconds")}
+            found.append(replace(outcome, began=max(outcome.began, began), seconds=inside, **parts))
+    return found
 
 
 def workers_of(outcomes: Iterable[Outcome], number: int) -> tuple[Worker, ...]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from orchestrator.registry import Added, Count, File, InputError, Registry, suggest
+from orchestrator.seeds import numpy_generator
 
 FORGET_SETS: Registry[Callable[..., np.ndarray]] = Registry(
     "forget set", frozenset({"labels", "true_labels", "class_names", "memorization", "rng", "files"})
@@ -171,13 +172,13 @@ def most_memorized(
     return np.sort(candidates[order[:count]])
 
 
-@FORGET_SETS
+@FORGET_SETS(version=2)
 def least_memorized(labels: np.ndarray, memorization: np.ndarray, *, count: Count = 60) -> np.ndarray:
-    """The training examples with the lowest memorization scores."""
+    """The training examples with the lowest memorization scores; ties in an order drawn once."""
     return _nearest("least_memorized", labels, memorization, count)
 
 
-@FORGET_SETS
+@FORGET_SETS(version=2)
 def middle_memorized(
     labels: np.ndarray, memorization: np.ndarray, *, count: Count = 60, centre: float = 0.5
 ) -> np.ndarray:
@@ -185,7 +186,7 @@ def middle_memorized(
     return _nearest("middle_memorized", labels, np.abs(memorization - centre), count)
 
 
-@FORGET_SETS
+@FORGET_SETS(version=2)
 def mixed_memorized(labels: np.ndarray, memorization: np.ndarray, *, count: Count = 60) -> np.ndarray:
     """A third each of the least, middle and most memorized training examples: the forget set of RUM (Zhao et al. 2024).
 
@@ -196,14 +197,24 @@ def mixed_memorized(labels: np.ndarray, memorization: np.ndarray, *, count: Coun
     if not 3 <= count < len(labels):
         raise InputError(f"forget set mixed_memorized: count is {count}; allowed: 3 to {len(labels) - 1}")
     low, high = -(-count // 3), count // 3
-    order = np.argsort(memorization, kind="stable")
+    order = ranked(memorization)
     least, rest, most = order[:low], order[low : len(order) - high], order[len(order) - high :]
     centre = (memorization[least].mean() + memorization[most].mean()) / 2
-    middle = rest[np.argsort(np.abs(memorization[rest] - centre), kind="stable")[: count - low - high]]
+    middle = rest[ranked(np.abs(memorization[rest] - centre))[: count - low - high]]
     return np.sort(np.concatenate([least, middle, most]))
 
 
 def _nearest(name: str, labels: np.ndarray, distance: np.ndarray, count: int) -> np.ndarray:
     if count >= len(labels):
         raise InputError(f"forget set {name}: count is {count}; allowed: 1 to {len(labels) - 1}")
-    return np.sort(np.argsort(distance, kind="stable")[:count])
+    return np.sort(ranked(distance)[:count])
+
+
+def ranked(values: np.ndarray) -> np.ndarray:
+    """The order of values, lowest first. Ties, which 0/1 scores have by the hundred, rank in an order drawn once.
+
+    By position they would favour the first classes of data that are sorted by class.
+    """
+    ties = numpy_generator(0, "ties").permutation(len(values))
+    order: np.ndarray = np.lexsort((ties, values))
+    return order

@@ -153,7 +153,7 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     plan = Plan(study, dataset.fingerprint, _present(store))
     present = plan.present
     for rule in study.forget_sets:
-        _check_forget_set(rule, dataset, store.get)
+        _check_stages(study, rule, _check_forget_set(rule, dataset, store.get))
     _check_model(study, dataset)
     for name in {study.scores, *study.scores_used} & set(PROXIES):
         if "validation" in PROXIES[name].inputs and not len(dataset.splits["validation"]):
@@ -211,8 +211,8 @@ def _pinned_rule(rule: ForgetSet, dataset: Dataset, store: Store) -> ForgetSet:
     return ForgetSet(name=rule.name, options=options)
 
 
-def _check_forget_set(rule: ForgetSet, dataset: Dataset, files: Callable[[str], bytes]) -> None:
-    """Draw the set once on stand-in scores: what it refuses, it refuses before anything is trained."""
+def _check_forget_set(rule: ForgetSet, dataset: Dataset, files: Callable[[str], bytes]) -> int:
+    """Draw the set once on stand-in scores, for its size: what it refuses, it refuses before anything is trained."""
     available = {
         "labels": dataset.split_labels("train"),
         "true_labels": dataset.split_true_labels("train"),
@@ -221,21 +221,32 @@ def _check_forget_set(rule: ForgetSet, dataset: Dataset, files: Callable[[str], 
         "rng": np.random.default_rng(0),
         "files": files,
     }
-    rule.entry(available, rule.options)
+    return len(rule.entry(available, rule.options))
+
+
+def _check_stages(study: Study, rule: ForgetSet, size: int) -> None:
+    """Raise InputError where a method has more stages than a forget set has examples."""
+    for name, arm in study.methods.items():
+        if len(arm.stages) > size:
+            raise InputError(
+                f"method {name} has {len(arm.stages)} stages and forget set {rule.name} has {size} examples; "
+                "allowed: a stage for each example at most"
+            )
 
 
 def _check_model(study: Study, dataset: Dataset) -> None:
     """Make the model once: it must take images of this size, and budgets and options must fit it."""
     make = factory(study.model.name, study.model.options, dataset.image_shape, dataset.num_classes)
     model = make(generator(0, "check"))
-    for arm in study.methods.values():
+    arms = [each for arm in study.methods.values() for each in (arm, *arm.stages)]
+    for arm in arms:
         options = METHODS[arm.method].options
         for option in options.values():
             for fits in option.marks(Fits):
                 for value in arm.options.get(option.name, (option.default,)):
                     fits.check(model, value)
     entries = sum(parameter.numel() for parameter in model.parameters())
-    for budget in {budget for arm in study.methods.values() for budget in arm.budget if budget is not None}:
+    for budget in {budget for arm in arms for budget in arm.budget if budget is not None}:
         num_selected(budget, entries)
 
 

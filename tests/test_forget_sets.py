@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator.forget_sets import FORGET_SETS
+from orchestrator.forget_sets import FORGET_SETS, ranked
 from orchestrator.registry import InputError
 
 LABELS = np.tile(np.arange(4), 25)
@@ -187,3 +187,20 @@ def test_a_file_that_holds_no_indices_is_refused_in_one_sentence(name: str, byte
     with pytest.raises(InputError, match=f"forget file '{name}' .*allowed|name one of them index") as caught:
         FORGET_SETS["file"]({"labels": LABELS, "files": lambda _: bytes_}, {"path": name})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["least_memorized", "middle_memorized", "mixed_memorized"])
+def test_ties_do_not_go_by_the_order_of_the_data(name: str) -> None:
+    labels = np.repeat(np.arange(5), 200)  # sorted by class, as a folder of images is
+    entry = FORGET_SETS[name]
+    drawn = entry({"labels": labels, "memorization": np.zeros(1000)}, entry.resolve({"count": 100}))
+    assert len(drawn) == 100
+    assert np.bincount(labels[drawn], minlength=5).min() > 8
+
+
+def test_ranks_are_those_of_the_values_whatever_the_ties() -> None:
+    values = np.random.default_rng(0).integers(0, 5, 200).astype(float)
+    order = ranked(values)
+    assert sorted(order) == list(range(200))
+    assert (np.diff(values[order]) >= 0).all()
+    assert not np.array_equal(order, np.argsort(values, kind="stable"))

@@ -11,11 +11,12 @@ from torch import nn
 
 from orchestrator.data import Examples
 from orchestrator.registry import InputError
+from orchestrator.seeds import numpy_generator
 from orchestrator.training import clone
 from orchestrator.unlearning.base import METHODS, Stage
 
 
-@METHODS
+@METHODS(version=2)
 def rum(
     model: nn.Module,
     forget: Examples,
@@ -28,10 +29,11 @@ def rum(
     """RUM: the forget set in parts of equal memorization, unlearned one after another (Zhao et al. 2024).
 
     The examples are ranked by `memorization` and cut into as many parts as there are stages, of equal size within one;
-    ties rank by position. The first stage takes the least memorized part; `high_to_low` takes the parts, with their
-    stages, from the other end. Parts that are still to come belong to the retain set.
+    ties rank in an order drawn once. The first stage takes the least memorized part; `high_to_low` takes the parts,
+    with their stages, from the other end. Parts that are still to come belong to the retain set.
     """
-    parts = _parts(np.argsort(memorization, kind="stable"), len(stages))
+    ties = numpy_generator(0, "ties").permutation(len(forget))  # by position they might go by class
+    parts = _parts(np.lexsort((ties, memorization)), len(stages))
     turns = list(zip(stages, parts, strict=True))
     return _in_turn(model, forget, retain, turns if order == "low_to_high" else turns[::-1])
 
