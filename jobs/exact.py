@@ -37,8 +37,8 @@ def run(options: Options, asked: str, seeds: int, goal: Goal) -> None:
     cost = work.Cost(cached=len(tasks) - len(missing))
     if missing:
         with work.cluster_of(session) as cluster:
-            inputs = work.inputs_of(session, cluster, len(missing))
-            book = ledger.Ledger(session, cluster, ledger.stretch_of(session, None))
+            inputs = work.inputs_of(session, cluster, len(tasks))
+            book = ledger.Ledger(session, cluster, ledger.stretch_of(session, None, cluster=cluster))
             with Pool(cluster, Workspace, inputs) as pool, work.keeping(book, cost, pool.usage.startup_seconds):
                 console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s", highlight=False)
                 work.perform(session, pool, missing, cost)

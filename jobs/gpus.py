@@ -54,7 +54,7 @@ def shared(session: Session, cluster: Cluster) -> Cluster:
 def steps_per_second(session: Session, cluster: Cluster, device: str, models: int) -> float:
     """Steps of training a second of all workers of a cluster together; what comes once is apart."""
     asked = session.options.compile
-    is_compiled = pays(device, models, cluster.workers) if asked == "auto" else asked == "on"
+    is_compiled = pays(device, session.study.campaign.models) if asked == "auto" else asked == "on"
     context = replace(session.context, compiled=is_compiled)
     setting = session.study.campaign_spec(session.dataset.fingerprint).setting
     with Pool(cluster, Workspace, (session.dataset, context, device)) as pool:

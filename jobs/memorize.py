@@ -116,7 +116,7 @@ def _enough(tally: Tally, goal: Goal, most: int, begin: float) -> str | None:
 def _rounds(
     session: Session, cluster: Cluster, goal: Goal, tally: Tally, most: int, begin: float, cost: work.Cost
 ) -> str:
-    inputs = work.inputs_of(session, cluster, BLOCK_SIZE * (most - tally.blocks))
+    inputs = work.inputs_of(session, cluster, BLOCK_SIZE * most)
     stretch = ledger.stretch_of(session, tally.campaign, BLOCK_SIZE * tally.blocks, cluster)
     book = ledger.Ledger(session, cluster, stretch, tally, most)
     book.prepare()

@@ -85,9 +85,9 @@ def device_of(cluster: Cluster) -> str:
 
 
 def inputs_of(session: Session, cluster: Cluster, models: int) -> tuple[Dataset, Context, str]:
-    """What a Workspace is made of, for a command that trains so many subset models."""
+    """What a Workspace is made of, for a campaign of so many subset models, whatever is missing of it."""
     device, asked = device_of(cluster), session.options.compile
-    is_compiled = pays(device, models, cluster.workers) if asked == "auto" else asked == "on"
+    is_compiled = pays(device, models) if asked == "auto" else asked == "on"
     return session.dataset, replace(session.context, compiled=is_compiled), device
 
 
@@ -107,7 +107,7 @@ def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan]
     bases, built = _by_base(late[1])
     book = _ledger_of(session, cluster, early)
     book.prepare()
-    inputs = inputs_of(session, cluster, sum(task.kind == "model" for task in early))
+    inputs = inputs_of(session, cluster, session.study.campaign.models)
     with Pool(cluster, Workspace, inputs) as pool:
         console.print(f"{cluster.workers} workers ready in {pool.usage.startup_seconds:.1f} s")
         with keeping(book, cost, pool.usage.startup_seconds):

@@ -66,9 +66,13 @@ class Reused:
             torch.cuda.synchronize(device)
 
 
-def pays(device: str, models: int, workers: int) -> bool:
-    """Whether compiling, about a minute for each worker, is worth it: on cuda, for ten models or more each.
+ENOUGH = 100  # models of a campaign for which about a minute of each worker is worth it
 
-    On a CPU it brought nothing (ResNet-9, one thread), so there it is for those who ask.
+
+def pays(device: str, models: int) -> bool:
+    """Whether compiling is worth it for a campaign of so many models: on cuda, for a hundred or more.
+
+    The campaign decides, not what is missing of it or how many workers there are: else one that was interrupted would
+    go on in other numerics. On a CPU it brought nothing (ResNet-9, one thread), so there it is for those who ask.
     """
-    return device.startswith("cuda") and models >= 10 * workers
+    return device.startswith("cuda") and models >= ENOUGH

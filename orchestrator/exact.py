@@ -104,7 +104,7 @@ def train(lab: Lab, store: Store, spec: SingleSpec) -> None:
     """Train one model and keep what it says of all training examples, or of the one that it never saw."""
     setting = spec.setting
     arrays = pipeline.train_single(lab, setting.model, setting.training.build(), spec.left_out, spec.seed)
-    metadata = {"host": socket.gethostname(), "numerics": lab.numerics}
+    metadata = {"host": socket.gethostname(), "numerics": lab.subset_numerics}
     store.put(single_object(key(spec)), results.pack(arrays, metadata))
 
 

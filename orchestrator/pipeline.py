@@ -151,7 +151,7 @@ def train_subset_model(
     made, objective = lab.subset_model(model, training, stream)
     subset = train.take(np.flatnonzero(members)).augmented(training.augment)
     fit(made, subset, training=training, generator=stream, num_batches=num_batches, objective=objective)
-    logits, test_logits = half(predict(made, train)), half(predict(made, test))
+    logits, test_logits = finite(half(predict(made, train))), finite(half(predict(made, test)))
     labels, test_labels = train.labels.cpu().numpy(), test.labels.cpu().numpy()
     right = logits.argmax(axis=1) == labels
     return {
@@ -180,7 +180,7 @@ def train_single(lab: Lab, model: Choice, training: Training, left_out: int | No
     examples = train.take(seen).augmented(training.augment)
     num_batches = max(1, (len(train) - 1) // training.batch_size)
     fit(made, examples, training=training, generator=stream, num_batches=num_batches, objective=objective)
-    labels, test_logits = train.labels.cpu().numpy(), half(predict(made, test))
+    labels, test_logits = train.labels.cpu().numpy(), finite(half(predict(made, test)))
     outputs = SplitOutputs(half(predict(made, train)), labels, labels)
     right, kept = outputs.predictions == labels, slice(left_out, None if left_out is None else left_out + 1)
     return {
@@ -387,6 +387,14 @@ def _layers(mask: Mask | None, moved: Mapping[str, Tensor]) -> tuple[Layer, ...]
         Layer(name, part.numel(), int(part.sum()), int(mask.trainable[name].sum()), int(moved[name].sum()))
         for name, part in mask.reset.items()
     )
+
+
+def finite(logits: np.ndarray) -> np.ndarray:
+    """The logits; FloatingPointError where one is NaN, which as a prediction would be class 0."""
+    bad = np.count_nonzero(~np.isfinite(logits).all(axis=1))
+    if bad:
+        raise FloatingPointError(f"the model predicts NaN for {bad} of {len(logits)} examples; its training diverged")
+    return logits
 
 
 def half(logits: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "unlearn"
 SWEEP_TAG, KEY_TAG, KIND_TAG = "unlearn.sweep", "unlearn.key", "unlearn.kind"
 CAMPAIGN_TAG, SCORES_TAG, GATE_TAG = "unlearn.campaign", "unlearn.scores", "unlearn.gate"
+_LAST_SECONDS = 60.0  # for what is queued when a command ends
 _QUEUE_SIZE = 10_000
 
 _ENVIRONMENT = {
@@ -339,9 +340,14 @@ class Writer:
         return True
 
     def end(self, last: Callable[[], object]) -> None:
-        """Write what is queued, then what comes last."""
-        self._waiting.put(None)
-        self._thread.join()
+        """Write what is queued, then what comes last; a slow server is given a minute for what is queued."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=_LAST_SECONDS)
+        self._thread.join(_LAST_SECONDS)
+        if self._thread.is_alive():
+            self.missed += self._waiting.qsize() + 1
+            self.error = self.error or "the server is too slow"
+            return
         self._try(last)
 
 

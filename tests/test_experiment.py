@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from orchestrator import campaigns, export, results
 from orchestrator import plan as planning
@@ -20,6 +20,7 @@ from orchestrator.data import DATASETS, Dataset, Examples, Outputs
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, scores_object
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import METRICS
+from orchestrator.models import MODELS
 from orchestrator.pipeline import BrokenWorkerError, Lab
 from orchestrator.plan import Plan
 from orchestrator.recipes import RECIPES
@@ -326,6 +327,39 @@ def test_proxies_are_stored_one_by_one_and_computed_once(dataset: Dataset, tmp_p
         values = [results.get_table(store, stored).column(name).to_numpy() for store in stores]
         assert np.array_equal(*values)
         assert np.ptp(values[0]) > 0
+
+
+def test_a_subset_model_that_predicts_nan_is_a_failure_and_not_a_class(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(*, width: int = 4) -> nn.Module:
+        """Finite in training, NaN in evaluation."""
+        return Diverging()
+
+    MODELS(diverging)
+    try:
+        setting = Setting(
+            data=dataset.fingerprint,
+            model=Model(name="diverging"),
+            training=TrainingSpec(learning_rate=0.1, epochs=1, batch_size=32),
+        )
+        outcome = Workspace(dataset, Context(Store(str(tmp_path)))).perform(
+            Task("model", CampaignSpec(setting=setting), 0, 3)
+        )
+    finally:
+        del MODELS._entries["diverging"]
+    assert "predicts NaN for 200 of 200 examples" in str(outcome.error)
+    assert not Store(str(tmp_path)).names("campaigns")
+
+
+class Diverging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        made: Tensor = self.head(images.flatten(1))
+        return made if self.training else made * float("nan")
 
 
 # ---- blocks of subset models ---------------------------------------------------------------------------------------
