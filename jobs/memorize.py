@@ -84,7 +84,7 @@ def _grow(session: Session, goal: Goal) -> None:
     while tally.blocks < most and Task("block", campaign, tally.blocks).object_name in session.plan.present:
         tally.add()
         cost.cached += BLOCK_SIZE
-    reason, stopping = _enough(tally, goal, most, begin), None
+    reason = _enough(tally, goal, most, begin)
     if session.options.dry_run:
         state = f"enough: {reason}" if reason else "more are needed"
         console.print(f"{BLOCK_SIZE * tally.blocks} subset models in the store; {state}", highlight=False)
@@ -92,9 +92,8 @@ def _grow(session: Session, goal: Goal) -> None:
     if reason is None:
         with work.cluster_of(session) as cluster:
             reason = _rounds(session, cluster, goal, tally, most, begin, cost)
-        stopping = goal.met(tally.summary()) if tally.can_estimate else None
     if tally.can_estimate:
-        work.print_scores(campaigns.put_scores(tally, stopping))
+        work.print_scores(campaigns.put_scores(tally))
         console.print(
             f"stopped at {BLOCK_SIZE * tally.blocks} models: {reason}. "
             f"Use them with --set campaign.models={BLOCK_SIZE * tally.blocks}",
@@ -132,6 +131,8 @@ def _rounds(
                 return "a model failed"
             tally.add(max(0, blocks[-1].block + 1 - tally.blocks))  # those that the ledger has not read
             if reason := _enough(tally, goal, most, begin):
+                if tally.can_estimate:  # before anyone else estimates them: they say what stopped the campaign
+                    campaigns.put_scores(tally, goal.met(tally.summary()))
                 return reason
             if not tally.can_estimate:
                 continue
