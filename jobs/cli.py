@@ -126,7 +126,6 @@ def memorize(
     exact_seeds: Annotated[int, typer.Option(min=2, help="Models with all examples, and without each one.")] = 20,
 ) -> None:
     """Train subset models on Ray and store Feldman-Zhang memorization scores with intervals."""
-    from jobs import exact as exact_job
     from jobs import memorize as job
     from jobs.session import Options
 
@@ -147,6 +146,8 @@ def memorize(
     if exact is None:
         job.run(options, goal)
     else:
+        from jobs import exact as exact_job  # which draws, and takes as long to import as all the rest
+
         exact_job.run(options, exact, exact_seeds, goal)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 
 import torch
-import torch._inductor.config
 from torch import Tensor, nn
 
 from orchestrator.data import Examples
@@ -55,7 +54,9 @@ class Reused:
         images, labels = as_input(examples.images[first]), examples.labels[first]
         autocast = autocast_of(device, training.precision)
         # a worker has one core: torch would start a process per core of the machine for each worker, to compile in
-        one_thread = torch._inductor.config.patch(compile_threads=1)
+        from torch._inductor import config as inductor  # takes a second: for those who compile
+
+        one_thread = inductor.patch(compile_threads=1)
         with one_thread, torch.random.fork_rng([device] if self._on_cuda else []):
             for _ in range(TRIALS):
                 with autocast():
