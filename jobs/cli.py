@@ -61,7 +61,7 @@ GpusPerWorker = Annotated[
 ]
 Compile = Annotated[
     Literal["off", "on", "auto"],
-    typer.Option(help="Compile subset models; `auto`: on GPUs, for ten or more a worker. Results say which it was."),
+    typer.Option(help="Compile subset models; `auto`: on GPUs, for campaigns of 100 or more. Results say which."),
 ]
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster to use. Default: RAY_ADDRESS, else a Ray of our own on this machine.")

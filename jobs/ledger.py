@@ -23,7 +23,7 @@ from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.pool import Cluster
 from orchestrator.specs import CampaignSpec, key
-from orchestrator.store import Store
+from orchestrator.store import StorageError, Store
 
 _SECONDS_BETWEEN_RECORDS = 10.0
 
@@ -184,7 +184,7 @@ class Ledger:
         self._saved = time.monotonic()
         try:
             costs.put_stretch(self.session.store, self.stretch)
-        except OSError as error:  # a note on costs never fails the work
+        except (OSError, StorageError) as error:  # a note on costs never fails the work
             console.print(f"[yellow]what this costs could not be written[/yellow]: {error}", highlight=False)
             return
         if self._writer is not None and self._tracker is not None:

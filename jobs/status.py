@@ -67,8 +67,10 @@ def _failed(store: Store, attempts: Mapping[str, Sequence[results.Attempt]]) -> 
 
 def _is_done(store: Store, attempt: results.Attempt) -> bool:
     """Whether what an attempt failed to make is there by now."""
-    wanted = attempt.provenance.get("objects") or [attempt.provenance.get("object")]
-    return any(name is not None and store.exists(name) for name in wanted)
+    said = attempt.provenance
+    wanted = said.get("objects") or [name for name in [said.get("object")] if name]  # the second: from before
+    whole = said.get("whole")  # the block of a model that failed by itself
+    return (bool(wanted) and all(map(store.exists, wanted))) or (whole is not None and store.exists(whole))
 
 
 def _sweeps(store: Store, present: set[str], failed: set[str]) -> Table:

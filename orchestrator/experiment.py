@@ -400,9 +400,9 @@ def plain_stage(stage: StageSpec) -> PlainStage:
 
 def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
     """Keep a try at a task that came to nothing, as an attempt."""
-    wanted = [task, Task("block", task.spec, task.block)] if task.kind == "model" else [task]
     facts = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
-    provenance = {**facts, "what": task.label, "objects": [name for each in wanted for name in each.objects]}
+    whole = Task("block", task.spec, task.block).object_name if task.kind == "model" else None
+    provenance = {**facts, "what": task.label, "objects": list(task.objects), "whole": whole}
     spec = task.spec.model_dump(mode="json")
     results.put_attempt(store, results.Attempt(key(task.spec), spec, "failed", error, provenance))
 

@@ -17,9 +17,10 @@ from mlflow.entities import Run
 
 from analysis import costs as analysis
 from analysis import report
-from jobs import ledger, track
+from jobs import ledger, track, work
 from jobs.ledger import Ledger
 from jobs.session import Options, Session, open_session
+from jobs.status import _is_done
 from orchestrator import costs, results, tracking
 from orchestrator.campaigns import Tally
 from orchestrator.costs import Outcome, Stretch
@@ -263,3 +264,35 @@ def test_a_campaign_is_one_run_that_goes_on_and_can_be_rebuilt(tmp_path: Path) -
     track.run(str(folder), other)
     rebuilt, again = campaign_run(other)
     assert (plain(rebuilt), again) == (plain(run), points)
+
+
+def test_of_what_reaches_out_of_a_window_the_share_inside_counts() -> None:
+    inside, across, after = outcome("x", 10, 5, 4.0), outcome("y", 12, 8, 6.4), outcome("z", 15, 3, 1.0)
+    found = costs.within([inside, across, after], EPOCH + 10, EPOCH + 15)
+    assert found[0].training_seconds == pytest.approx(inside.training_seconds)
+    assert (found[1].began - EPOCH, found[1].seconds) == pytest.approx((12, 3))
+    assert found[1].training_seconds == pytest.approx(0.8 * 3)
+    assert len(found) == 2, "what began after it is no part of it"
+
+
+def test_an_outcome_without_seconds_costs_nothing() -> None:
+    lost = Outcome("model", "k", 0, 0.0, 0.0, 0.0, EPOCH + 12, "3 workers died on it")
+    done = replace(outcome("x", 10, 5, 4.0), kind="model")
+    assert work.utilisation([done, lost], 1) == pytest.approx(0.8)
+
+
+def test_a_failure_is_over_when_all_of_it_is_there_or_the_block_that_it_was_for(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for objects, whole, there, over in (
+        (["a", "b"], None, ["a"], False),
+        (["a", "b"], None, ["a", "b"], True),
+        (["part"], "block", ["block"], True),
+        (["part"], "block", ["part"], True),
+        (["part"], "block", [], False),
+    ):
+        for name in ("a", "b", "part", "block"):
+            store.delete(name)
+        for name in there:
+            store.put(name, b"x")
+        attempt = results.Attempt("k", {}, "failed", "error", {"objects": objects, "whole": whole})
+        assert _is_done(store, attempt) == over

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from jobs.session import Options, Session, open_session
 from orchestrator.data import Examples, Splits
 from orchestrator.localization import localize, select
 from orchestrator.models import Factory, head_names
@@ -181,3 +183,15 @@ def test_a_mixed_forget_set_by_hand() -> None:
     for count in (2, 10):
         with pytest.raises(InputError, match=f"count is {count}; allowed: 3 to 9"):
             rule(given, {"count": count})
+
+
+def test_more_stages_than_a_forget_set_has_examples_are_refused_before_training(tmp_path: Path) -> None:
+    drawn = ["forget_sets=mixed_memorized", "forget_sets.mixed_memorized.count=3", "methods=rum"]
+
+    def opened(stages: int) -> Session:
+        stated = f"methods.rum.stages={','.join(['identity'] * stages)}"
+        return open_session(Options("digits", [*drawn, stated], str(tmp_path)))
+
+    assert opened(3).plan.runs()
+    with pytest.raises(InputError, match="method rum has 4 stages and forget set mixed_memorized has 3 examples"):
+        opened(4)
