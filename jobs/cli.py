@@ -16,7 +16,12 @@ app = typer.Typer(
     help="Which training examples has a model memorized, which parameters hold them, and how well can they be removed?",
 )
 
-Recipe = Annotated[str, typer.Argument(help="Name of a recipe; `unlearn list recipes` shows them.", show_default=False)]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="Name of a recipe (`unlearn list recipes`), or your own as FILE.py:FUNCTION.", show_default=False
+    ),
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option(

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import isfunction
 from pathlib import Path
 from typing import Literal
+
+from pydantic import ValidationError
 
 from orchestrator import plan as planning
 from orchestrator.data import Dataset
@@ -15,7 +19,7 @@ from orchestrator.experiment import Context
 from orchestrator.overrides import checked, override
 from orchestrator.plan import Plan
 from orchestrator.recipes import RECIPES
-from orchestrator.registry import InputError, Plugin, load_plugin, read_plugin
+from orchestrator.registry import InputError, Plugin, load_plugin, read_plugin, suggest
 from orchestrator.store import Store
 from orchestrator.study import Study
 
@@ -88,14 +92,41 @@ def load_plugins(names: Sequence[str]) -> tuple[Plugin, ...]:
 
 
 def make_study(options: Options) -> Study:
-    """The recipe's study with the overrides applied."""
-    recipe = RECIPES[options.recipe]
-    return override(checked(recipe.function), options.assignments)
+    """The recipe's study with the overrides applied; a recipe of the user's own is `file.py:function`."""
+    place, colon, name = options.recipe.rpartition(":")
+    study = checked(lambda: _own_study(place, name)) if colon else checked(RECIPES[name].function)
+    return override(study, options.assignments)
+
+
+def recipe_modules(options: Options) -> list[str]:
+    """The modules that are loaded here and on every worker: that of the recipe, and the plugins."""
+    place, colon, _ = options.recipe.rpartition(":")
+    return [*options.plugins, *([place] if colon and place not in options.plugins else [])]
+
+
+def _own_study(place: str, name: str) -> Study:
+    """What a function in a user's module returns; InputError where that is not a study."""
+    plugin = read_plugin(place)
+    load_plugin(plugin)
+    found = vars(sys.modules[plugin.module])
+    functions = [n for n, value in found.items() if isfunction(value) and value.__module__ == plugin.module]
+    if name not in functions:
+        raise InputError(f"{place} has no function {name!r}; {suggest(name, functions)}")
+    try:
+        study = found[name]()
+    except (InputError, ValidationError):
+        raise
+    except Exception as error:
+        reason = str(error).split("\n", 1)[0]
+        raise InputError(f"recipe {place}:{name} fails: {type(error).__name__}: {reason}") from error
+    if not isinstance(study, Study):
+        raise InputError(f"recipe {place}:{name} returns {type(study).__name__}; allowed: an orchestrator.study.Study")
+    return study
 
 
 def open_session(options: Options) -> Session:
     """Check everything that can be known before training: plugins, recipe, overrides, data, store and its rows."""
-    plugins = load_plugins(options.plugins)
+    plugins = load_plugins(recipe_modules(options))
     study = make_study(options)
     store = open_store(options.storage)
     dataset = _dataset(study, options.dry_run)

@@ -260,7 +260,7 @@ class Pool(Generic[S]):
         """Take a worker that has started into service, or start it anew.
 
         A setup that raises is tried MAX_TRIES times; what the cluster did to a worker that was starting (its node left,
-        say) is tried for as long as patience lasts. The last worker to be given up raises.
+        say) is tried for as long as patience lasts. The last worker to be given up raises, NoWorkersError in that case.
         """
         import ray
         from ray.exceptions import RayError
@@ -280,7 +280,11 @@ class Pool(Generic[S]):
                 return
             del self._actors[actor]
             if not self._actors:
-                raise
+                if raised:
+                    raise
+                raise self.no_workers(
+                    f"no worker could start; the last: {' '.join(str(error).split())[:200]}"
+                ) from None
         else:
             self._failed_starts[actor] = 0
             self._failing_since.pop(actor, None)

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
+from jobs.session import Options, make_study
+from orchestrator.registry import InputError
 from tests.commands import ROOT, command, rows, run
 
 
@@ -232,6 +234,41 @@ def test_the_method_that_the_readme_shows_runs_as_shown(tmp_path: Path) -> None:
         f'{{"batch_size":64,"epochs":5,"factor":{factor},"lr":0.03}}' for factor in (0.5, 0.5, 0.8, 0.8)
     )
     assert all(r["steps_ratio"] > 0 for r in runs if r["method"] == "shrink")
+
+
+def test_the_recipe_that_the_readme_shows_runs_as_shown(tmp_path: Path) -> None:
+    blocks = (ROOT / "README.md").read_text().split("```")
+    code = next(block for block in blocks if block.startswith("python\n# mine.py"))
+    file, store = tmp_path / "mine.py", tmp_path / "store"
+    method = "\n\nfrom orchestrator.unlearning import METHODS\n\n\n@METHODS\ndef leave(model):\n    return model\n"
+    file.write_text(code.removeprefix("python\n") + method)
+    few = ["training.epochs=1", "references=2", "seeds=0", "forget_sets=random", "methods=finetune,leave"]
+    words = ["sweep", f"{file}:three_rates", "--storage", str(store), "--tracking-uri", "none", "--workers", "2"]
+    done = run(*words, *[word for assignment in few for word in ("--set", assignment)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = pq.read_table(store / "exports" / "runs.parquet").to_pylist()
+    assert sorted(r["learning_rate"] for r in runs if r["method"] == "finetune") == [0.01, 0.03, 0.1]
+    assert [r["status"] for r in runs if r["method"] == "leave"] == ["done"]
+    assert {r["recipe"] for r in pq.read_table(store / "exports" / "members.parquet").to_pylist()} == {"three_rates"}
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("nowhere.py:study", "cannot be read"),
+        ("ours.py:three_rate", "has no function 'three_rate'; did you mean 'three_rates'"),
+        ("ours.py:not_a_study", "returns int; allowed: an orchestrator.study.Study"),
+        ("ours.py:needs_more", "needs_more fails: TypeError: needs_more() missing 1 required positional argument"),
+    ],
+)
+def test_a_recipe_file_without_such_a_study_is_refused_in_one_sentence(
+    place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("three_rates(): raise ValueError", "not_a_study(): return 1", "needs_more(some): return some")
+    Path("ours.py").write_text("\n".join(f"def {name}" for name in names))
+    with pytest.raises(InputError, match=re.escape(said)):
+        make_study(Options(place, (), str(tmp_path)))
 
 
 def stopping(store: Path) -> list[str | None]:

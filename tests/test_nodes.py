@@ -40,7 +40,7 @@ def test_a_node_that_leaves_and_one_that_comes_change_nothing(nodes: Nodes, tmp_
 
     with ray_cluster(address=nodes.address) as cluster:
         assert cluster.workers == 2
-        with Pool(cluster, Path, (str(tmp_path),), patience_seconds=60.0) as pool:
+        with Pool(cluster, Path, (str(tmp_path),), patience_seconds=300.0) as pool:
             results = pool.map(large_square, range(24), done)
             assert [int(result[0]) for result in results] == [number * number for number in range(24)]
             assert all((result == result[0]).all() for result in results)
