@@ -25,6 +25,7 @@ from orchestrator.campaigns import ScoresSummary
 from orchestrator.compiled import pays
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset
+from orchestrator.estimates import Estimate, measured
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
@@ -284,12 +285,51 @@ def print_overlaps(session: Session) -> None:
 
 
 def print_plan(session: Session) -> None:
-    """What a dry run says: per wave, what is in the store and what would be computed."""
-    waves = session.plan.counts()
+    """What a dry run says: per wave, what is in the store, what would be computed, and how long that would take."""
+    plan = session.plan
+    waves = plan.counts()
+    tasks = {"subset models": plan.missing(plan.models(plan.missing(plan.blocks())))} if plan.needs_scores else {}
+    tasks |= {name: plan.missing(wave) for name, wave in plan.waves().items()}
+    on_gpu = session.options.gpus_per_worker != 0
+    rates = measured(
+        session.store,
+        session.study.setting(session.dataset.fingerprint),
+        len(session.dataset.splits["train"]),
+        on_gpu=on_gpu,
+    )
+    each = {name: rates.of(wave) for name, wave in tasks.items()}
     for name, counts in waves.items():
-        console.print(f"{name}: {counts['done']} in the store, {counts['missing']} to compute", highlight=False)
+        took = f", about {_duration(each[name].seconds)}" if each[name].seconds else ""
+        console.print(f"{name}: {counts['done']} in the store, {counts['missing']} to compute{took}", highlight=False)
     models = sum(counts["missing"] for name, counts in waves.items() if name != "localizations")
     console.print(f"models to train: {models}", highlight=False)
+    if any(tasks.values()):
+        console.print(_needed_time(session, sum(each.values(), Estimate()), rates.count), highlight=False)
+
+
+def _needed_time(session: Session, estimate: Estimate, count: int) -> str:
+    """One sentence on the device-hours that a plan needs."""
+    share = session.options.gpus_per_worker
+    device, part = ("GPU", 1.0 if share == "auto" else share) if share != 0 else ("core", 1.0)
+    unknown = ", ".join(estimate.unknown)
+    if not estimate.seconds:
+        return (
+            f"{device}-hours: nothing was measured with this data and model in this store yet; "
+            f"`unlearn memorize {session.study.recipe} --models 10` with the same options measures a rate"
+        )
+    said = f"about {estimate.seconds * part / 3600:.2g} {device}-hours, by {count} measurements in this store"
+    return said + (f"; nothing was measured for: {unknown}" if unknown else "")
+
+
+def _duration(seconds: float) -> str:
+    """A worker's time in the unit that reads best."""
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def conclude(cost: Cost) -> None:
