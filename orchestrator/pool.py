@@ -79,7 +79,7 @@ def ray_cluster(
     the cluster can hold no worker.
     """
     target = address or os.environ.get("RAY_ADDRESS")
-    prepare_ray(is_client=target is not None)
+    prepare_ray(is_client=target is not None, wants_token=_wants_token(target) if target else None)
     import ray
 
     scratch, environment = None, {"env_vars": WORKER_ENVIRONMENT}
@@ -111,16 +111,36 @@ def ray_cluster(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def prepare_ray(*, is_client: bool) -> None:
+def prepare_ray(*, is_client: bool, wants_token: bool | None = None) -> None:
     """Set Ray's environment, before it is imported.
 
     A client of a cluster uses a token at hand, which Ray by default leaves aside; a Ray of our own sees to its token.
+    Where the cluster is known to want none, neither do we: calls back to a driver that wants one are refused, and all
+    that the cluster says of it is that workers cannot start. Raises InputError where RAY_AUTH_MODE insists on tokens.
     """
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
     places = [os.environ.get("RAY_AUTH_TOKEN_PATH"), "~/.ray/auth_token"]
     has_token = "RAY_AUTH_TOKEN" in os.environ or any(Path(p).expanduser().is_file() for p in places if p)
-    if is_client and has_token and "RAY_AUTH_MODE" not in os.environ:
+    if wants_token is False and os.environ.get("RAY_AUTH_MODE") == "token":
+        raise InputError(
+            "RAY_AUTH_MODE is token, and the cluster was started without; unset it here, or start the cluster with it"
+        )
+    if is_client and has_token and wants_token is not False and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _wants_token(address: str) -> bool | None:
+    """Whether the cluster at a `host:port` refuses calls without a token; None where that cannot be asked."""
+    import grpc
+
+    if not re.fullmatch(r"[^/]+:\d+", address):
+        return None
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=_KNOCK_SECONDS)
+        except grpc.RpcError as error:
+            return True if error.code() == grpc.StatusCode.UNAUTHENTICATED else None
+    return False
 
 
 def _knock(address: str) -> None:

@@ -16,13 +16,14 @@ def command(*words: str) -> list[str]:
 
 
 def run(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    usual = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     return subprocess.run(
         command(*words),
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **(environment or {})},
+        env={**usual, **(environment or {})},
     )
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 os.environ["PYTHONPATH"] = str(ROOT)  # so that Ray's workers find the functions of these modules
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray keeps the first mode that a process uses
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "UNLEARN_STORAGE", "MLFLOW_TRACKING_URI"):
     os.environ.pop(name, None)
 

@@ -169,8 +169,8 @@ def ray_nodes() -> Iterator[Nodes]:
     scratch, handler = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), signal.getsignal(signal.SIGTERM)
     os.mkdir(f"{scratch}/ray")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", scratch)  # where Ray notes the newest cluster of the machine, for all to use
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_TMPDIR", scratch)  # where Ray notes the newest cluster of the machine, for all to use
         prepare_ray(is_client=True)
         from ray.cluster_utils import Cluster
 

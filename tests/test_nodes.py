@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 
 from orchestrator.pool import NoWorkersError, Pool, ray_cluster
+from tests.commands import ROOT
 from tests.faults import Nodes, ray_nodes
 
 
@@ -49,6 +53,33 @@ def test_a_node_that_leaves_and_one_that_comes_change_nothing(nodes: Nodes, tmp_
             assert 24 <= computed <= 28, "only what the node held may be computed twice"
             assert pool.map(square, range(6)) == [number * number for number in range(6)]
     nodes.remove(second)
+
+
+USER = """
+import sys
+
+from orchestrator.pool import Pool, ray_cluster
+
+with ray_cluster(address=sys.argv[1]) as cluster, Pool(cluster, dict, patience_seconds=60.0) as pool:
+    print(pool.map(lambda _, number: number + 1, range(3)))
+"""
+
+
+def test_a_user_with_a_token_reaches_a_cluster_that_wants_none(nodes: Nodes, tmp_path: Path) -> None:
+    """Any Ray of our own leaves a token in the home folder, and Ray's calls back to a driver lack it."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 64)
+    node = nodes.add()
+    user = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
+
+    def reach(**more: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", USER, nodes.address]
+        return subprocess.run(words, cwd=ROOT, env=user | more, capture_output=True, text=True, timeout=200)
+
+    done = reach()
+    assert (done.stdout.endswith("[1, 2, 3]\n"), done.returncode) == (True, 0), done.stdout + done.stderr
+    assert "RAY_AUTH_MODE is token, and the cluster was started without" in reach(RAY_AUTH_MODE="token").stderr
+    nodes.remove(node)
 
 
 def square(_: Path, number: int) -> int:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.pool import _wants_token
+
 ROOT = Path(__file__).parent.parent
 TINY = ["--set", "campaign.models=10", "--set", "training.epochs=1"]
 
@@ -60,6 +62,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
+    assert _wants_token(f"127.0.0.1:{port}") is True
     yield f"http://127.0.0.1:{dashboard}", user
     process.send_signal(signal.SIGTERM)
     try:
