@@ -21,6 +21,7 @@ from jobs.progress import bars, console
 from jobs.session import Session
 from orchestrator import campaigns
 from orchestrator import plan as planning
+from orchestrator.arms import CAMPAIGN
 from orchestrator.campaigns import ScoresSummary
 from orchestrator.compiled import pays
 from orchestrator.costs import Outcome
@@ -29,7 +30,6 @@ from orchestrator.estimates import Estimate, measured
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
-from orchestrator.study import CAMPAIGN
 
 NAMES = {
     "model": "subset models",

@@ -34,6 +34,7 @@ from orchestrator.pipeline import (
     split_examples,
     steady,
 )
+from orchestrator.progress import Heard, Progress, but_last
 from orchestrator.registry import InputError, Plugin, canonical_json, load_plugin
 from orchestrator.rows import make_row
 from orchestrator.seeds import generator, numpy_generator
@@ -145,14 +146,28 @@ class Workspace:
         self.context = context
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._training_seconds = 0.0
+        self._heard: Heard | None = None
         self._host, self._name = socket.gethostname(), secrets.token_hex(4)  # a pid may be another's in a container
 
-    def perform(self, task: Task) -> Outcome:
+    def perform(self, task: Task, report: Callable[[Progress], None] | None = None) -> Outcome:
         """Compute a task and store the result; a failure becomes an attempt and an Outcome, StorageError ends all.
 
-        BrokenWorkerError asks for another process, whose tries are counted as if this one had died.
+        BrokenWorkerError asks for another process, whose tries are counted as if this one had died. `report` hears of
+        each epoch of a run but the last, of which the row says all there is; it may raise RunStoppedError.
         """
         began, wall, cpu, self._training_seconds = time.time(), time.perf_counter(), time.process_time(), 0.0
+
+        def outcome(models: int = 0, error: str | None = None, training: float | None = None) -> Outcome:
+            seconds, cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+            training = self._training_seconds if training is None else training
+            who = (task.label, self._host, self._name)
+            return Outcome(task.kind, key(task.spec), models, training, seconds, cpu_seconds, began, error, *who)
+
+        def heard(epoch: int, series: Mapping[str, float]) -> None:
+            if report is not None:
+                report(Progress(epoch, series, outcome(training=time.perf_counter() - wall)))
+
+        self._heard = None if report is None else but_last(heard, task.spec)
         work: Callable[[Task], int] = getattr(self, f"_{task.kind}")
         models, error = 0, None
         with steady(self.lab.device):
@@ -167,20 +182,7 @@ class Workspace:
                 self._kept.clear()  # what failed may have left changed is cut and loaded anew
                 self.lab.forget()
                 put_failure(self.store, task, error, traceback.format_exc())
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return Outcome(
-            task.kind,
-            key(task.spec),
-            models,
-            self._training_seconds,
-            wall,
-            cpu,
-            began,
-            error,
-            task.label,
-            self._host,
-            self._name,
-        )
+        return outcome(models, error)
 
     def _kept_or(self, name: str, make: Callable[[], T]) -> T:
         if name not in self._kept:
@@ -308,6 +310,7 @@ class Workspace:
                 seed=spec.seed,
                 memorization=memorization,
                 stages=[plain_stage(stage) for stage in spec.stages],
+                heard=self._heard,
             )
         name = key(spec)
         if spec.is_reference and finished.model is not None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from orchestrator import costs, exact, results
+from orchestrator.arms import CAMPAIGN
 from orchestrator.data import Outputs
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
@@ -20,7 +21,6 @@ from orchestrator.results import Attempt, Row, Sweep
 from orchestrator.schemas import SCHEMA_VERSION, TABLES
 from orchestrator.specs import ScoresSpec, StandInSpec, key
 from orchestrator.store import Store
-from orchestrator.study import CAMPAIGN
 from orchestrator.unlearning import METHODS
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from orchestrator.arms import Arm
+from orchestrator.axes import Distribution, parse
 from orchestrator.registry import InputError, suggest
+from orchestrator.search import Asha
 from orchestrator.specs import ForgetSet, Named, Strategy
-from orchestrator.study import Arm, Study
+from orchestrator.study import Study
 from orchestrator.unlearning import METHODS
 
 T = TypeVar("T")
@@ -46,8 +50,7 @@ def override(study: Study, assignments: Iterable[str]) -> Study:
     texts, changed = list(assignments), study
     for place, text in enumerate(texts):
         changed = assign(changed, text, dict(_split(later) for later in texts[place + 1 :]))
-    for arm in changed.methods.values():
-        arm.check_whole()  # not before: a strategy may be set before its budget
+    changed.check_whole()  # not before: a strategy may be set before its budget
     return changed
 
 
@@ -78,8 +81,10 @@ def _assigned(study: Study, path: str, text: str, later: Mapping[str, str]) -> S
     changes: Any
     if field in ("data", "model"):
         changes = _named(getattr(study, field), rest, text, path, later)
-    elif field in ("training", "campaign"):
+    elif field in ("training", "campaign", "search"):
         changes = _part(getattr(study, field), rest, text, path)
+    elif field == "scheduler":
+        changes = _scheduler(study.scheduler, rest, text, path)
     elif field == "forget_sets":
         changes = _forget_sets(study.forget_sets, rest, text, path, later)
     elif field == "methods":
@@ -108,7 +113,9 @@ def _rebuild(spec: Any, field: str, value: Any) -> Any:
 def _fields(study: Study) -> list[str]:
     """The fields that `--set` knows, for error messages."""
     named = [f"{part}.{option}" for part in ("data", "model") for option in getattr(study, part).entry.options]
-    parts = [f"{p}.{field}" for p in ("training", "campaign") for field in type(getattr(study, p)).model_fields]
+    parts = [
+        f"{p}.{field}" for p in ("training", "campaign", "search") for field in type(getattr(study, p)).model_fields
+    ]
     axes = {option for arm in study.methods.values() for option in METHODS[arm.method].options}
     plain = [
         "data",
@@ -121,6 +128,8 @@ def _fields(study: Study) -> list[str]:
         "original_seed",
         "forget_sets",
         "methods",
+        "scheduler",
+        *(f"scheduler.{field}" for field in Asha.model_fields),
     ]
     return [*plain, "budget", *named, *parts, *sorted(axes)]
 
@@ -145,6 +154,15 @@ def _part(part: Any, rest: list[str], text: str, path: str) -> Any:
     if len(rest) != 1 or rest[0] not in type(part).model_fields:
         raise InputError(f"unknown field {path!r}; {suggest('.'.join(rest), type(part).model_fields)}")
     return _rebuild(part, rest[0], text)
+
+
+def _scheduler(scheduler: Asha | None, rest: list[str], text: str, path: str) -> Asha | None:
+    if rest:
+        changed: Asha = _part(scheduler or Asha(), rest, text, path)
+        return changed
+    if text not in ("asha", "none"):
+        raise InputError(f"scheduler is {text!r}; {suggest(text, ('asha', 'none'))}")
+    return (scheduler or Asha()) if text == "asha" else None
 
 
 def _forget_sets(
@@ -177,8 +195,7 @@ def _arm(arm: Arm, field: str, text: str, path: str) -> Arm:
     options = METHODS[arm.method].options
     part, _, option = field.partition(".")
     if field == "budget":
-        budgets = [None if share == "own" else share for share in text.split(",")]
-        changed: Arm = _rebuild(arm, "budget", budgets)
+        changed: Arm = _rebuild(arm, "budget", _budgets(text))
     elif field in ("granularity", "h", "train_head", "freeze_statistics"):
         changed = _rebuild(arm, field, text)
     elif field == "scores":
@@ -192,10 +209,17 @@ def _arm(arm: Arm, field: str, text: str, path: str) -> Arm:
     elif part in ("strategy", "base") and getattr(arm, part) is not None:
         changed = _rebuild(arm, part, _named(getattr(arm, part), [option], text, path))
     elif field in options:
-        changed = _rebuild(arm, "options", {**arm.options, field: tuple(text.split(","))})
+        changed = _rebuild(arm, "options", {**arm.options, field: parse(text) or tuple(text.split(","))})
     else:
         raise InputError(f"unknown field {path!r}; {suggest(field, [*options, *set(Arm.model_fields) - _FIXED])}")
     return changed
+
+
+def _budgets(text: str) -> list[str | None] | Distribution:
+    drawn = parse(text)
+    values = drawn.values if drawn else text.split(",")
+    named = [None if share == "own" else share for share in values]
+    return replace(drawn, values=tuple(named)) if drawn else named
 
 
 def _plain_arm(method: str) -> Arm:

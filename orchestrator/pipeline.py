@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -261,7 +261,12 @@ def is_of_a_broken_device(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
+class RunStoppedError(BaseException):
+    """A run was stopped by who hears of its epochs; no failure, so nothing that catches failures catches it."""
+
+
 REFERENCE = "retrain"  # the method whose runs are references
+SERIES = ("loss",)  # what a method that reports has of each epoch, by name
 
 
 def run(
@@ -278,11 +283,12 @@ def run(
     seed: int,
     memorization: np.ndarray | None = None,
     stages: Sequence[PlainStage] = (),
+    heard: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> Finished:
     """Unlearn (or retrain), predict on every split, and measure. The method is given a copy of the original.
 
     `forget` are training indices int64, by which `splits` is cut; `memorization` is float64, one value for each of
-    them; `stages` are those of a composed method.
+    them; `stages` are those of a composed method; `heard` is told the number of each epoch, from 1, and its SERIES.
     """
     losses: list[float] = []
     counts: list[int] = []
@@ -290,6 +296,8 @@ def run(
     def report(epoch: int, num_steps: int, loss: float) -> None:
         losses.append(loss)
         counts.append(num_steps)
+        if heard is not None:
+            heard(len(losses), {"loss": loss})
 
     entry = METHODS[method.name]
     seen = splits.augmented(training.augment)

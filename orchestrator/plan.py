@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from orchestrator import results
+from orchestrator.arms import CAMPAIGN
+from orchestrator.axes import Distribution
 from orchestrator.data import Dataset
 from orchestrator.experiment import Task, scores_object
 from orchestrator.localization import num_selected
@@ -32,19 +34,28 @@ from orchestrator.specs import (
     key,
 )
 from orchestrator.store import Store
-from orchestrator.study import CAMPAIGN, Study
+from orchestrator.study import Study
 from orchestrator.unlearning import METHODS
 
+_CAUTION = "which runs are stopped early, so which have rows, depends on the number of workers"
 PINNED = "files/"  # where users' files are kept in a store
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The tasks of a study over one data set, in waves, and which objects the store already holds."""
+    """The tasks of a study over one data set, in waves, and which objects the store already holds.
+
+    `suggestions`: the settings that Optuna has chosen so far, values by axis.
+    """
 
     study: Study
     fingerprint: str
     present: frozenset[str]
+    suggestions: tuple[Mapping[str, Any], ...] = ()
+
+    def named_runs(self) -> list[tuple[str, RunSpec]]:
+        """All runs but references, with the name of their arm."""
+        return self.study.runs(self.fingerprint, self.suggestions)
 
     def missing(self, tasks: Iterable[Task]) -> list[Task]:
         return [task for task in tasks if any(name not in self.present for name in task.objects)]
@@ -101,20 +112,41 @@ class Plan:
 
     def localizations(self) -> list[Task]:
         """The distinct localizations of the runs, each base strategy before those that build on it."""
-        specs = {key(spec): spec for _, run in self.study.runs(self.fingerprint) if (spec := run.localization)}
+        specs = {key(spec): spec for _, run in self.named_runs() if (spec := run.localization)}
         return [Task("localization", spec) for spec in sorted(specs.values(), key=lambda s: s.base is not None)]
 
     def runs(self) -> list[Task]:
-        distinct = {key(run): run for _, run in self.study.runs(self.fingerprint)}
+        distinct = {key(run): run for _, run in self.named_runs()}
         return [Task("run", run) for run in distinct.values()]
 
     def sweep(self, provenance: Mapping[str, Any]) -> Sweep:
         """The sweep's own record: all its runs by key, references included."""
-        members = [Member(arm, key(run)) for arm, run in self.study.runs(self.fingerprint)]
+        members = [Member(arm, key(run)) for arm, run in self.named_runs()]
         members += [Member("reference", key(run)) for run in self.study.reference_runs(self.fingerprint)]
         members = list(dict.fromkeys(members))  # an axis value given twice is one run
-        name = results.sweep_key(self.study.recipe, members)
-        return Sweep(name, self.study.recipe, tuple(members), self.study.model_dump(mode="json"), provenance)
+        said = self.study.model_dump(mode="json")
+        caution = "" if self.study.scheduler is None else f"{self.study.scheduler}: {_CAUTION}"
+        return Sweep(self._key(members), self.study.recipe, tuple(members), said, provenance, self.suggestions, caution)
+
+    def _key(self, members: Iterable[Member]) -> str:
+        """The sweep's name: by its runs, or by how they are chosen where they are not known before.
+
+        The number of samples is no part of it, so that a search can be asked for more.
+        """
+        study = self.study
+        if not study.searched():
+            return results.sweep_key(study.recipe, members)
+        parts = study.model_dump(mode="json", exclude_defaults=True, exclude={"data": True, "search": {"samples"}})
+        arms = [each for arm in study.methods.values() for each in (arm, *arm.stages)]
+        versions = {arm.method: METHODS[arm.method].version for arm in arms}
+        return results.search_key(study.recipe, [self.fingerprint, parts, versions])
+
+    def suggested(self, store: Store) -> Plan:
+        """The same, with what the sweep's record has of Optuna's choices."""
+        if not self.study.searched():
+            return self
+        record = results.get_sweep(store, self._key(()))
+        return self if record is None else replace(self, suggestions=record.suggestions)
 
     def waves(self) -> dict[str, list[Task]]:
         """All tasks but subset models by what they are, in the order in which they must be done."""
@@ -150,7 +182,7 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
         raise InputError(
             f"training.batch_size is {study.training.batch_size}; allowed: at most the {smallest} examples of a subset"
         )
-    plan = Plan(study, dataset.fingerprint, _present(store))
+    plan = Plan(study, dataset.fingerprint, _present(store)).suggested(store)
     present = plan.present
     for rule in study.forget_sets:
         _check_stages(study, rule, _check_forget_set(rule, dataset, store.get))
@@ -243,10 +275,11 @@ def _check_model(study: Study, dataset: Dataset) -> None:
         options = METHODS[arm.method].options
         for option in options.values():
             for fits in option.marks(Fits):
-                for value in arm.options.get(option.name, (option.default,)):
+                axis = arm.options.get(option.name, (option.default,))
+                for value in axis.values if isinstance(axis, Distribution) else axis:
                     fits.check(model, value)
     entries = sum(parameter.numel() for parameter in model.parameters())
-    for budget in {budget for arm in arms for budget in arm.budget if budget is not None}:
+    for budget in {budget for arm in arms for budget in arm.budgets if budget is not None}:
         num_selected(budget, entries)
 
 

@@ -84,19 +84,30 @@ class Member:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep is: the runs that belong to it, by key. Rows are shared among sweeps."""
+    """What a sweep is: the runs that belong to it, by key. Rows are shared among sweeps.
+
+    suggestions: the settings that Optuna chose, values by axis, each written before its runs are begun. caution: what
+    its results depend on beside what it says, as the number of workers where runs are stopped early.
+    """
 
     key: str
     recipe: str
     members: tuple[Member, ...]
     study: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    suggestions: tuple[Mapping[str, Any], ...] = ()
+    caution: str = ""
 
 
 def sweep_key(recipe: str, members: Iterable[Member]) -> str:
     """The name of a sweep: its recipe and the runs in it."""
     parts = [recipe, sorted({(member.arm, member.key) for member in members})]
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
+
+
+def search_key(recipe: str, parts: object) -> str:
+    """The name of a sweep whose runs are chosen on the way: its recipe, and what they are chosen by."""
+    return hashlib.sha256(canonical_json([recipe, "search", parts]).encode()).hexdigest()[:32]
 
 
 # ---- rows, attempts and sweeps ---------------------------------------------------------------------------------------
@@ -154,7 +165,7 @@ def get_sweep(store: Store, key: str) -> Sweep | None:
     except FileNotFoundError:
         return None
     members = tuple(Member(**member) for member in body.pop("members"))
-    return Sweep(**body, members=members)
+    return Sweep(**body | {"suggestions": tuple(body.get("suggestions", ()))}, members=members)
 
 
 def get_sweeps(store: Store) -> list[Sweep]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import product
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from orchestrator.localization import TopH, has_own_budget
+from orchestrator.arms import CAMPAIGN, Arm, Candidate, check_scores, methods_asking
+from orchestrator.axes import Distribution
 from orchestrator.memorization import BLOCK_SIZE
-from orchestrator.models import is_transformer
-from orchestrator.proxies import PROXIES
-from orchestrator.registry import InputError, coerce, suggest
+from orchestrator.registry import InputError
+from orchestrator.search import Asha, Search, is_open
 from orchestrator.specs import (
     CampaignSpec,
     DataSource,
     Estimator,
     ForgetSet,
     ForgetSpec,
-    MaskSpec,
     Method,
     Model,
     OriginalSpec,
@@ -28,18 +26,12 @@ from orchestrator.specs import (
     ScoresSpec,
     Setting,
     Spec,
-    StageSpec,
     StandInSpec,
-    Strategy,
     TrainingSpec,
     check_fraction,
-    check_granularity,
-    check_stage,
     key,
 )
 from orchestrator.unlearning import METHODS
-
-CAMPAIGN = "campaign"
 
 
 class Campaign(Spec):
@@ -62,121 +54,6 @@ class Campaign(Spec):
     @property
     def blocks(self) -> int:
         return self.models // BLOCK_SIZE
-
-
-class Arm(Spec):
-    """A named combination of strategy, granularity and method; every list in it is an axis of the grid.
-
-    A budget of None (`own` on the command line) is the one that the strategy ends at. For `h`, `train_head` and
-    `freeze_statistics` see localization.TopH, localization.Ranking.mask and training.Mask. `stages` are those of a
-    composed method, the least memorized part's first; `scores` is what its parts go by, `campaign` or proxies.
-    """
-
-    method: str
-    options: Mapping[str, tuple[Any, ...]] = Field(default_factory=dict)
-    strategy: Strategy | None = None
-    base: Strategy | None = None
-    granularity: Literal["param", "channel"] = "channel"
-    budget: tuple[float | None, ...] = ()
-    h: int | float | str = "released"
-    train_head: bool = True
-    freeze_statistics: bool = False
-    stages: tuple[Arm, ...] = ()
-    scores: tuple[str, ...] = ()
-
-    @field_validator("scores")
-    @classmethod
-    def _known(cls, scores: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(check_scores(name) for name in scores)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        entry = METHODS[self.method]
-        coerced = {}
-        for name, values in self.options.items():
-            if name not in entry.options:
-                raise InputError(f"method {self.method} has no option {name!r}; {suggest(name, entry.options)}")
-            coerced[name] = tuple(entry.coerce(name, value) for value in values)
-        object.__setattr__(self, "options", coerced)
-        if (self.strategy is not None or self.budget) and "mask" not in entry.inputs:
-            raise InputError(f"method {self.method} chooses its own parameters: it takes no strategy or budget")
-        if self.stages and "stages" not in entry.inputs:
-            raise InputError(f"method {self.method} has no stages; those that have: {', '.join(_asking('stages'))}")
-        if self.scores and "memorization" not in entry.inputs:
-            by = ", ".join(_asking("memorization"))
-            raise InputError(f"method {self.method} does not go by memorization scores; those that do: {by}")
-        for budget in self.budget:
-            if budget is not None and not 0 < budget <= 1:
-                raise InputError(f"budget is {budget}; allowed: a share of the parameter entries in (0, 1]")
-        object.__setattr__(self, "h", coerce(self.h, TopH, "h"))
-        return self
-
-    def check_whole(self) -> None:
-        """Raise InputError where strategy, base and budget do not go together; they may be set one after another."""
-        if self.strategy is None and self.budget:
-            raise InputError(f"method {self.method} has a budget but no strategy; set its strategy too")
-        if not self.stages and "stages" in METHODS[self.method].inputs:
-            raise InputError(
-                f"method {self.method} needs stages; set its stages to methods, that for the least memorized first"
-            )
-        for stage in self.stages:
-            check_stage(stage.method)
-            stage.check_whole()
-        if self.strategy is not None and not self.budget:
-            raise InputError(f"strategy {self.strategy.name} has no budget; set budget to shares in (0, 1]")
-        wanted = self.strategy is not None and "base" in self.strategy.entry.inputs
-        if wanted != (self.base is not None):
-            name = f"strategy {self.strategy.name}" if self.strategy is not None else f"method {self.method}"
-            raise InputError(f"{name} {'needs' if wanted else 'takes no'} base strategy")
-        if self.strategy is not None:
-            check_granularity(self.strategy, self.granularity)
-            if None in self.budget and not has_own_budget(self.strategy.entry):
-                raise InputError(f"strategy {self.strategy.name} has no budget of its own; allowed: shares in (0, 1]")
-
-    def methods(self) -> Iterator[Method]:
-        """Every combination of the options."""
-        for values in product(*self.options.values()):
-            yield Method(name=self.method, options=dict(zip(self.options, values, strict=True)))
-
-    def memorization(self) -> tuple[str | None, ...]:
-        """What each run's parts go by; None for a method that does not ask."""
-        if "memorization" not in METHODS[self.method].inputs:
-            return (None,)
-        return self.scores or (CAMPAIGN,)
-
-    def composed(self, model: Model) -> Iterator[tuple[StageSpec, ...]]:
-        """Every combination of the stages' options and masks."""
-        each = [[(m, mask) for m in stage.methods() for mask in stage.masks(model)] for stage in self.stages]
-        for chosen in product(*each):
-            yield tuple(StageSpec(method=method, mask=mask) for method, mask in chosen)
-
-    def masks(self, model: Model) -> Iterator[MaskSpec | None]:
-        """Every budget, or None where the arm has no strategy. The released `h` of a transformer is `all`."""
-        self.check_whole()
-        if self.strategy is None:
-            yield None
-            return
-        for budget in self.budget:
-            yield MaskSpec(
-                strategy=self.strategy,
-                base=self.base,
-                granularity=self.granularity,
-                budget=budget,
-                train_head=self.train_head,
-                h="all" if self.h == "released" and is_transformer(model.entry) else self.h,
-                freeze_statistics=self.freeze_statistics,
-            )
-
-
-def _asking(name: str) -> list[str]:
-    return [method for method, entry in METHODS.items() if name in entry.inputs]
-
-
-def check_scores(name: str) -> str:
-    """The name of what goes by memorization: the campaign, or a proxy; InputError for another."""
-    if name != CAMPAIGN and name not in PROXIES:
-        raise InputError(f"scores is {name!r}; {suggest(name, (CAMPAIGN, *PROXIES))}")
-    return name
 
 
 class Study(Spec):
@@ -203,6 +80,8 @@ class Study(Spec):
     references: int = Field(default=5, ge=1)
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: Mapping[str, Arm]
+    search: Search = Search()
+    scheduler: Asha | None = None
 
     @field_validator("seeds")
     @classmethod
@@ -289,14 +168,56 @@ class Study(Spec):
             for seed in range(self.references)
         ]
 
-    def runs(self, fingerprint: str) -> list[tuple[str, RunSpec]]:
-        """All runs of the grid with the name of their arm, in the order of forget sets, arms, axes and seeds."""
+    def searched(self) -> dict[str, Arm]:
+        """The arms of which Optuna chooses the settings: those with something to choose."""
+        if self.search.kind != "optuna":
+            return {}
+        return {name: arm for name, arm in self.methods.items() if any(map(is_open, arm.axes().values()))}
+
+    def check_whole(self) -> None:
+        """Raise InputError where arms, search and scheduler do not go together; they may be set one after another."""
+        for arm in self.methods.values():
+            arm.check_whole()
+        for name, arm in self.methods.items():
+            for axis, values in arm.axes().items() if self.search.kind == "grid" else ():
+                if isinstance(values, Distribution):
+                    raise InputError(
+                        f"methods.{name}.{axis} is {values}, which a grid has no values of; list values, "
+                        "or search at random (--search random)"
+                    )
+            if self.scheduler is not None and not METHODS[arm.method].inputs & {"report", "stages"}:
+                raise InputError(
+                    f"method {arm.method} reports no {self.scheduler.metric} by epoch, by which runs would be stopped; "
+                    f"set methods to some of those that do: {', '.join(methods_asking('report'))}; or --scheduler none"
+                )
+        if self.search.kind == "optuna":
+            self._check_single()
+
+    def _check_single(self) -> None:
+        """Raise InputError unless Optuna has one cell to search."""
+        searched = self.searched()
+        cells = [f"{name} {cell.place}" for name, arm in searched.items() for cell in arm.cells()]
+        if (number := len(cells) * len(self.forget_sets)) != 1:
+            listed = ", ".join(f"{name} {len(list(arm.cells()))}" for name, arm in searched.items()) or "none"
+            raise InputError(
+                f"Optuna searches one cell, and this sweep has {number} (methods: {listed}; "
+                f"forget sets: {len(self.forget_sets)}); set methods, budget and forget_sets to one each, with an axis "
+                "of several values; or use --search random"
+            )
+        self.search.is_maximised  # noqa: B018  # raises where nobody has said
+
+    def runs(self, fingerprint: str, suggestions: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, RunSpec]]:
+        """All runs with the name of their arm, in the order of forget sets, arms, axes and seeds.
+
+        `suggestions` are the settings that Optuna has chosen so far, values by axis.
+        """
         setting = self.setting(fingerprint)
         drawn = {
             (rule.name, seed): self.forget_spec(fingerprint, rule, self.draw_of(seed))
             for rule in self.forget_sets
             for seed in self.seeds
         }
+        candidates = {name: self._candidates(name, suggestions) for name in self.methods}
         return [
             (
                 name,
@@ -312,10 +233,14 @@ class Study(Spec):
                 ),
             )
             for rule in self.forget_sets
-            for name, arm in self.methods.items()
-            for method in arm.methods()
-            for mask in arm.masks(self.model)
-            for scores in arm.memorization()
-            for stages in arm.composed(self.model)
+            for name in self.methods
+            for method, mask, scores, stages in candidates[name]
             for seed in self.seeds
         ]
+
+    def _candidates(self, name: str, suggestions: Sequence[Mapping[str, Any]]) -> list[Candidate]:
+        arm = self.methods[name]
+        if name not in self.searched():
+            return list(arm.candidates(self.model, self.search, name))
+        cells = [arm.at(values) for values in suggestions]
+        return [candidate for cell in cells for candidate in cell.candidates(self.model)]

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from orchestrator.arms import Arm
 from orchestrator.overrides import override
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
 from orchestrator.specs import ForgetSet, ForgetSpec, Model, StandInSpec, Strategy, key
-from orchestrator.study import Arm, Campaign, Study
+from orchestrator.study import Campaign, Study
 from tests import golden
 
 DATA = "0" * 64

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from orchestrator.arms import Arm
+from orchestrator.axes import Axis
 from orchestrator.registry import Registry
 from orchestrator.specs import ForgetSet, Strategy
-from orchestrator.study import Arm, Study
+from orchestrator.study import Study
 
 RECIPES: Registry[Callable[[], Study]] = Registry("recipe", frozenset())
 
-Options = Mapping[str, tuple[Any, ...]]
+Options = Mapping[str, Axis]
 Granularity = Literal["param", "channel"]
 
 BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)

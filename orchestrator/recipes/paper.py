@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from orchestrator.arms import Arm
 from orchestrator.recipes.base import RECIPES, Options, localizations, replaced, rivals
 from orchestrator.specs import DataSource, ForgetSet, Model, Strategy, TrainingSpec
-from orchestrator.study import Arm, Study
+from orchestrator.study import Study
 from orchestrator.unlearning import METHODS
 
 BUDGETS = (0.1, 0.2, 0.3)

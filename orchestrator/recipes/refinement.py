@@ -7,10 +7,11 @@ forget sets are drawn by the campaign's scores; `scores` says what the parts go 
 
 from __future__ import annotations
 
+from orchestrator.arms import CAMPAIGN, Arm
 from orchestrator.recipes.base import RECIPES, Options, replaced
 from orchestrator.recipes.small import cifar10_small, digits
 from orchestrator.specs import DataSource, ForgetSet, Model, Strategy, TrainingSpec
-from orchestrator.study import CAMPAIGN, Arm, Campaign, Study
+from orchestrator.study import Campaign, Study
 
 PROXIES = ("confidence", "max_confidence", "entropy", "binary_accuracy", "holdout_retraining", "loss_curvature")
 
