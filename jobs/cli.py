@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from jobs import search_options
+from jobs.deadline import Deadline
+
 app = typer.Typer(
     name="unlearn",
     no_args_is_help=True,
@@ -245,15 +248,26 @@ def sweep(
     plugin: Plugins = None,
     dry_run: DryRun = False,
     compile: Compile = "auto",
+    search: search_options.Kind = None,
+    samples: search_options.Samples = None,
+    search_seed: search_options.Seed = None,
+    objective: search_options.Objective = None,
+    direction: search_options.Direction = None,
+    scheduler: search_options.Scheduler = None,
+    time_budget: search_options.TimeBudget = None,
+    max_concurrent: search_options.MaxConcurrent = None,
+    retries: search_options.Retries = 2,
 ) -> None:
     """Run every method, budget and rate of a recipe with Ray Tune, training first what the runs depend on."""
     from jobs import sweep as job
     from jobs.session import Options
 
+    chosen = {"kind": search, "samples": samples, "seed": search_seed, "objective": objective, "direction": direction}
+    named = {f"search.{field}": value for field, value in chosen.items()} | {"scheduler": scheduler}
     job.run(
         Options(
             recipe,
-            assignments or (),
+            [*(assignments or ()), *search_options.assignments(named)],
             storage,
             tracking_uri,
             workers,
@@ -262,6 +276,9 @@ def sweep(
             plugin or (),
             dry_run,
             compile,
+            deadline=time_budget or Deadline(),
+            max_concurrent=max_concurrent,
+            retries=retries,
         )
     )
 

@@ -49,6 +49,8 @@ def run(options: Options, out: Path) -> None:
 
 
 def _order(session: Session) -> dict[str, Any]:
+    if session.study.searched():
+        raise InputError("Optuna chooses runs by what came of others, so none can be packed; use --search random")
     plan, fingerprint = session.plan, session.dataset.fingerprint
     missing = {key(task.spec) for task in plan.missing([*plan.references(), *plan.runs()])}
     named = [("reference", spec) for spec in session.study.reference_runs(fingerprint)]

@@ -6,18 +6,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from inspect import isfunction
 from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
 
+from jobs.deadline import Deadline
 from orchestrator import plan as planning
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context
 from orchestrator.overrides import checked, override
 from orchestrator.plan import Plan
+from orchestrator.pool import MAX_TRIES
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError, Plugin, load_plugin, read_plugin, suggest
 from orchestrator.store import Store
@@ -43,6 +45,9 @@ class Options:
     plugins: Sequence[str] = ()
     dry_run: bool = False
     compile: Compile = "auto"
+    deadline: Deadline = field(default_factory=Deadline)
+    max_concurrent: int | None = None  # runs of a sweep at once; None: as many as there are workers
+    retries: int = MAX_TRIES - 1  # of a run whose worker died
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
-from jobs import work
+import typer
+
+from jobs import searching, work
+from jobs.deadline import OUT_OF_TIME, OutOfTimeError
 from jobs.ledger import Ledger, stretch_of
 from jobs.progress import bars, console
 from jobs.session import Options, Session, open_session
@@ -18,18 +21,20 @@ from orchestrator.costs import Outcome
 from orchestrator.experiment import Task, Workspace
 from orchestrator.plan import Plan
 from orchestrator.pool import Cluster
+from orchestrator.progress import Progress
 from orchestrator.results import Sweep
 from orchestrator.specs import key
 
 
 @dataclass(frozen=True)
 class Done:
-    """A sweep that ran to its end, and what it cost."""
+    """A sweep, what it cost, and how many of its tasks are neither there, failed nor stopped early."""
 
     session: Session
     sweep: Sweep
     cost: work.Cost
     uri: str | None
+    num_left: int = 0
 
 
 def run(options: Options) -> None:
@@ -39,10 +44,20 @@ def run(options: Options) -> None:
     session = open_session(options)
     if options.dry_run:
         work.print_plan(session)
+        searching.print_plan(session)
         return
     done = sweep(session)
-    show(session.store, done.sweep.key)
+    present = results.row_keys(session.store)
+    if any(member.arm != "reference" and member.key in present for member in done.sweep.members):
+        show(session.store, done.sweep.key)
+    if done.num_left:
+        console.print(
+            f"[yellow]not finished[/yellow]: {done.num_left} tasks are left, for which there was no time; "
+            "the same command goes on from here"
+        )
     work.conclude(done.cost)
+    if done.num_left:
+        raise typer.Exit(OUT_OF_TIME)
 
 
 def sweep(session: Session) -> Done:
@@ -54,27 +69,51 @@ def sweep(session: Session) -> Done:
     uri = tracking.tracking_uri(session.store, session.options.tracking_uri)
     if uri is None and session.options.tracking_uri is None:
         console.print("no MLflow: an S3 root without --tracking-uri tracks nothing (`unlearn track` can do it later)")
-    arms = {member.key: member.arm for member in sweep.members}
-    wanted = _prepared(session.plan) + session.plan.runs()
-    cost = work.Cost(cached=len(wanted) - len(session.plan.missing(wanted)))
+    if sweep.caution:
+        console.print(f"[yellow]not independent of the number of workers[/yellow]: {sweep.caution}", highlight=False)
+    asking = searching.Asking(session, sweep, session.plan) if session.study.searched() else None
+    cost = work.Cost()
     with _tracked(session, sweep, uri, cost) as live:
 
         def stored(keys: list[str]) -> None:
+            arms = {member.key: member.arm for member in (asking.sweep if asking else sweep).members}
             if live is not None:
                 for name in keys:
                     live.put(results.get_row(session.store, name), arms[name])
 
-        present = results.row_keys(session.store)
-        stored([name for name in arms if name in present])
         results.put_sweep(session.store, sweep)
+        if asking is not None:
+            session = replace(session, plan=asking.begin(stored))
+        wanted = _prepared(session.plan) + session.plan.runs()
+        cost.cached = len(wanted) - len(session.plan.missing(wanted))
+        present = results.row_keys(session.store)
+        stored([member.key for member in sweep.members if member.key in present])
         work.note_found(session)
         if session.plan.missing(wanted):
-            with work.cluster_of(session) as cluster:
-                _compute(session, cluster, cost, lambda outcome: stored([outcome.key]))
+            with suppress(OutOfTimeError), work.cluster_of(session) as cluster:
+                _compute(session, cluster, cost, lambda outcome: stored([outcome.key]), asking)
         else:
             work.ensure_scores(session)
+        num_left = _num_left(session, cost, asking)
+        if num_left:
+            cost.is_whole = False
     export.export(session.store)
-    return Done(session, sweep, cost, uri)
+    searching.print_stopped(session.plan, cost.stopped)
+    if asking is not None:
+        asking.print_best()
+    return Done(session, asking.sweep if asking else sweep, cost, uri, num_left)
+
+
+def _num_left(session: Session, cost: work.Cost, asking: searching.Asking | None) -> int:
+    """How many tasks of those that were planned are not over: Tune does not say, so the store is asked."""
+    plan = (asking.plan if asking else session.plan).against(session.store)
+    over = {(outcome.kind, outcome.key) for outcome in cost.outcomes}  # failed or stopped, if they are not there
+    missing = plan.missing(_prepared(plan) + plan.runs())
+    ready = plan.ready(missing) if cost.failures else missing  # what has failed holds others up
+    left = [task for task in ready if task.kind == "block" or (task.kind, key(task.spec)) not in over]
+    if any(outcome.kind == "model" for outcome in cost.failures):
+        left = [task for task in left if task.kind != "block"]
+    return len(left) + (asking.num_left if asking and not cost.failures else 0)
 
 
 def _prepared(plan: Plan) -> list[Task]:
@@ -89,12 +128,18 @@ def _prepared(plan: Plan) -> list[Task]:
 def _needed(plan: Plan, tasks: list[Task]) -> list[Task]:
     """The originals or localizations of runs that are missing: a finished run needs none."""
     names = {task.object_name for task in plan.missing(plan.runs())}
-    missing = [run for _, run in plan.study.runs(plan.fingerprint) if f"rows/{key(run)}.json" in names]
+    missing = [run for _, run in plan.named_runs() if f"rows/{key(run)}.json" in names]
     needed = {key(part) for run in missing for part in (run.original, run.localization) if part is not None}
     return [task for task in tasks if key(task.spec) in needed]
 
 
-def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callable[[Outcome], None]) -> None:
+def _compute(
+    session: Session,
+    cluster: Cluster,
+    cost: work.Cost,
+    stored: Callable[[Outcome], None],
+    asking: searching.Asking | None,
+) -> None:
     if session.plan.missing(_prepared(session.plan)):
         work.prepare(session, cluster, _prepared, cost)
     for outcome in cost.outcomes:
@@ -107,7 +152,26 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
     runs = session.plan.against(session.store).ready(missing)
     if len(runs) < len(missing):
         console.print(f"{len(missing) - len(runs)} runs are not started: what they need has failed", highlight=False)
-    with bars({"runs": len(runs)}) as advance:
+    if runs:
+        book = Ledger(session, cluster, stretch_of(session, None, cluster=cluster))
+        with work.keeping(book, cost):
+            _try(session, cluster, cost, stored, runs, asking)
+
+
+def _try(
+    session: Session,
+    cluster: Cluster,
+    cost: work.Cost,
+    stored: Callable[[Outcome], None],
+    runs: list[Task],
+    asking: searching.Asking | None,
+) -> None:
+    """The runs as trials of Tune, and those that Optuna chooses after them."""
+    from orchestrator.sweep import run_trials  # Tune takes seconds to import
+
+    options, rule = session.options, session.study.scheduler
+    more = asking.num_left * len(session.study.seeds) if asking else 0
+    with bars({"runs": len(runs) + more}) as advance:
 
         def done(outcome: Outcome) -> None:
             cost.hear(outcome)
@@ -117,20 +181,25 @@ def _compute(session: Session, cluster: Cluster, cost: work.Cost, stored: Callab
             else:
                 stored(outcome)
 
-        if runs:
-            from orchestrator.sweep import run_trials  # Tune takes seconds to import
+        def stopped(reports: Sequence[Progress]) -> None:
+            cost.stopped += 1
+            if reports:
+                cost.hear(reports[-1].outcome)
+            advance("runs", 1)
 
-            book = Ledger(session, cluster, stretch_of(session, None, cluster=cluster))
-            with work.keeping(book, cost), work.deaths(session, done):
-                run_trials(
-                    Workspace.perform,
-                    runs,
-                    setup=Workspace,
-                    inputs=(session.dataset, session.context, work.device_of(cluster)),
-                    workers=cluster.workers,
-                    gpus_per_worker=cluster.gpus_per_worker,
-                    done=done,
-                )
+        with work.deaths(session, done):
+            run_trials(
+                Workspace.perform,
+                options.deadline.within(asking.tasks(runs) if asking else runs),
+                setup=Workspace,
+                inputs=(session.dataset, session.context, work.device_of(cluster)),
+                workers=min(cluster.workers, options.max_concurrent or cluster.workers),
+                gpus_per_worker=cluster.gpus_per_worker,
+                done=done,
+                tries=options.retries + 1,
+                watch=None if rule is None else searching.watching(session.store, rule, session.plan, stopped),
+            )
+    options.deadline.check()
 
 
 @contextmanager
@@ -144,7 +213,7 @@ def _tracked(
     status = "KILLED"
     try:
         yield live
-        status = "FAILED" if cost.failures else "FINISHED"
+        status = "FAILED" if cost.failures else "FINISHED" if cost.is_whole else "KILLED"
     finally:
         live.close(status)
         if live.missed:

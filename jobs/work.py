@@ -47,6 +47,8 @@ class Cost:
 
     outcomes: list[Outcome] = field(default_factory=list)
     cached: int = 0
+    stopped: int = 0  # runs that a scheduler ended early
+    is_whole: bool = True  # nothing of what was planned is left
     ledger: Ledger | None = None  # of the stretch of work that is going on
 
     def hear(self, outcome: Outcome) -> None:
@@ -186,6 +188,7 @@ def perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost
             advance(NAMES[outcome.kind], 1)
             if outcome.error:
                 print_failure(outcome)
+            session.options.deadline.check()
 
         with deaths(session, done):
             pool.map(Workspace.perform, tasks, done)

@@ -19,9 +19,11 @@ from orchestrator.experiment import Task, scores_object
 from orchestrator.localization import num_selected
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.models import factory
+from orchestrator.progress import stopped_series
 from orchestrator.proxies import PROXIES
 from orchestrator.registry import File, Fits, InputError
 from orchestrator.results import Member, Sweep
+from orchestrator.search import check_objective
 from orchestrator.seeds import generator
 from orchestrator.specs import (
     CampaignSpec,
@@ -38,6 +40,7 @@ from orchestrator.study import Study
 from orchestrator.unlearning import METHODS
 
 _CAUTION = "which runs are stopped early, so which have rows, depends on the number of workers"
+_OTHERS = ("validation", "test")  # splits beside the two parts of the training set
 PINNED = "files/"  # where users' files are kept in a store
 
 
@@ -45,20 +48,23 @@ PINNED = "files/"  # where users' files are kept in a store
 class Plan:
     """The tasks of a study over one data set, in waves, and which objects the store already holds.
 
-    `suggestions`: the settings that Optuna has chosen so far, values by axis.
+    `suggestions`: the settings that Optuna has chosen so far, values by axis. `stopped`: the objects of runs that a
+    scheduler has stopped early, which are not begun again under one.
     """
 
     study: Study
     fingerprint: str
     present: frozenset[str]
     suggestions: tuple[Mapping[str, Any], ...] = ()
+    stopped: frozenset[str] = frozenset()
 
     def named_runs(self) -> list[tuple[str, RunSpec]]:
         """All runs but references, with the name of their arm."""
         return self.study.runs(self.fingerprint, self.suggestions)
 
     def missing(self, tasks: Iterable[Task]) -> list[Task]:
-        return [task for task in tasks if any(name not in self.present for name in task.objects)]
+        known = self.present | self.stopped
+        return [task for task in tasks if any(name not in known for name in task.objects)]
 
     def against(self, store: Store) -> Plan:
         """The same, against what the store holds now."""
@@ -198,7 +204,12 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     for block in plan.missing(plan.blocks()):
         needed += [Task("model", block.spec, block.block, member).object_name for member in range(BLOCK_SIZE)]
     results.check_arrays(store, [name for name in needed if name in present])
-    return plan
+    if study.searched():
+        check_objective(study.search.objective, ["forget", "retain", *(s for s in _OTHERS if len(dataset.splits[s]))])
+    if study.scheduler is None:
+        return plan
+    names = {key(task.spec): task.object_name for task in plan.missing(plan.runs())}
+    return replace(plan, stopped=frozenset(names[run] for run in stopped_series(store, list(names))))
 
 
 def _present(store: Store) -> frozenset[str]:

@@ -6,11 +6,15 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from orchestrator.costs import Outcome
 from orchestrator.results import Attempt, get_attempts, put_attempt
 from orchestrator.specs import RunSpec, key
 from orchestrator.store import Store
+
+A = TypeVar("A")
+P = TypeVar("P")
 
 STOPPED = "stopped"  # the status of an attempt that was
 
@@ -25,6 +29,18 @@ class Progress:
     epoch: int
     series: Mapping[str, float]
     outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Watch(Generic[A, P]):
+    """How trials are stopped early: functions of the driver.
+
+    `stops(item, progress)` hears each report of a trial but its last, and says whether it is stopped; `stopped(item,
+    reports)` hears of one that was, with all that it reported.
+    """
+
+    stops: Callable[[A, P], bool]
+    stopped: Callable[[A, list[P]], None]
 
 
 def but_last(heard: Heard, spec: object) -> Heard:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, Self
@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from orchestrator.axes import Axis, Distribution
-from orchestrator.data import Outputs
+from orchestrator.data import Outputs, SplitOutputs
 from orchestrator.metrics import METRICS
 from orchestrator.pipeline import SERIES
 from orchestrator.registry import InputError, suggest
@@ -173,3 +173,11 @@ def objective_of(outputs: Outputs, objective: str) -> float:
             f"search.objective is {objective}, and {lacking}; allowed: a metric of validation, retain or forget alone "
             "(data.num_validation gives data a validation split)"
         ) from None
+
+
+def check_objective(objective: str, splits: Iterable[str]) -> None:
+    """Raise InputError where an objective cannot be had from these splits, tried on outputs that are made up."""
+    rng = numpy_generator(0, "made-up outputs")
+    labels = np.arange(30) % 3
+    made = {part: SplitOutputs(rng.normal(size=(30, 3)).astype(np.float16), labels, labels) for part in splits}
+    objective_of(made, objective)

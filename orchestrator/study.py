@@ -204,6 +204,8 @@ class Study(Spec):
                 f"forget sets: {len(self.forget_sets)}); set methods, budget and forget_sets to one each, with an axis "
                 "of several values; or use --search random"
             )
+        if self.scheduler is not None:
+            raise InputError("Optuna needs whole runs to go by, and a scheduler stops some; use --scheduler none")
         self.search.is_maximised  # noqa: B018  # raises where nobody has said
 
     def runs(self, fingerprint: str, suggestions: Sequence[Mapping[str, Any]] = ()) -> list[tuple[str, RunSpec]]:

@@ -8,9 +8,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -18,12 +17,12 @@ from ray.tune.search import Searcher
 
 from orchestrator.pipeline import RunStoppedError
 from orchestrator.pool import MAX_TRIES, WorkerDeathError, death_reason
+from orchestrator.progress import Watch
 from orchestrator.store import StorageError
 
 S = TypeVar("S")
 A = TypeVar("A")
 R = TypeVar("R")
-P = TypeVar("P")
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own store keeps the results
@@ -34,18 +33,6 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 _NAME = "unlearn-trial"  # with a token: two drivers on one cluster must not register under one name
-
-
-@dataclass(frozen=True)
-class Watch(Generic[A, P]):
-    """How trials are stopped early: functions of the driver.
-
-    `stops(item, progress)` hears each report of a trial but its last, and says whether it is stopped; `stopped(item,
-    reports)` hears of one that was, with all that it reported.
-    """
-
-    stops: Callable[[A, P], bool]
-    stopped: Callable[[A, list[P]], None]
 
 
 def run_trials(

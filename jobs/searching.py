@@ -1,0 +1,160 @@
+"""What a sweep decides on the way: which settings Optuna tries next, and which runs ASHA stops early."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jobs.progress import console
+from jobs.session import Session
+from orchestrator import results
+from orchestrator.experiment import Task
+from orchestrator.plan import Plan
+from orchestrator.progress import Progress, Watch, put_stopped, stopped_series
+from orchestrator.registry import canonical_json
+from orchestrator.results import Sweep
+from orchestrator.search import Asha, Halving, objective_of
+from orchestrator.specs import RunSpec, key
+from orchestrator.store import Store
+from orchestrator.suggestions import suggest
+
+
+@dataclass
+class Asking:
+    """Optuna's choices for one sweep, asked one at a time; each is in the sweep's record before its runs are begun."""
+
+    session: Session
+    sweep: Sweep
+    plan: Plan
+    known: Callable[[list[str]], None] = field(default=lambda _: None)  # hears of a choice's runs that are there
+    _values: dict[str, float] = field(default_factory=dict)  # objective of a finished run, by its key
+
+    @property
+    def num_left(self) -> int:
+        """How many settings are still to be chosen."""
+        return max(0, self.plan.study.search.samples - len(self.plan.suggestions))
+
+    def begin(self, known: Callable[[list[str]], None]) -> Plan:
+        """The plan with something to do in it, if anything is left: what is chosen first needs no worker to choose."""
+        self.known = known
+        while self.num_left and not self.plan.missing(self.plan.runs()):
+            self.ask()
+        return self.plan
+
+    def ask(self) -> list[Task]:
+        """Choose one more setting by what has come of the others, record it, and return its missing runs."""
+        study, chosen = self.plan.study, self.plan.suggestions
+        (arm,) = study.searched().values()
+        tried = [(values, value) for values in chosen if (value := self.value_of(values)) is not None]
+        found = suggest(
+            arm.axes(),
+            tried,
+            number=len(chosen),
+            seed=study.search.seed,
+            is_maximised=study.search.is_maximised,
+        )
+        self.plan = replace(self.plan, suggestions=(*chosen, found))
+        members = self.plan.sweep({}).members
+        self.sweep = replace(self.sweep, members=members, suggestions=self.plan.suggestions)
+        results.put_sweep(self.session.store, self.sweep)
+        runs = self._runs(found)
+        missing = [task for task in runs if not self.session.store.exists(task.object_name)]
+        self.known([key(task.spec) for task in runs if task not in missing])
+        return missing
+
+    def tasks(self, first: Sequence[Task]) -> Iterator[Task]:
+        """The runs that are missing of what was chosen before, then those of new choices."""
+        yield from first
+        while self.num_left:
+            yield from self.ask()
+
+    def value_of(self, values: Mapping[str, Any]) -> float | None:
+        """The objective of a setting, a mean over its seeds; None where a run of it is not there."""
+        found = [self._objective(key(task.spec)) for task in self._runs(values)]
+        known = [value for value in found if value is not None]
+        return None if len(known) < len(found) else math.fsum(known) / len(known)
+
+    def _runs(self, values: Mapping[str, Any]) -> list[Task]:
+        (name,) = self.plan.study.searched()
+        runs = self.plan.study.runs(self.plan.fingerprint, [values])
+        return [Task("run", run) for arm, run in runs if arm == name]
+
+    def _objective(self, run: str) -> float | None:
+        if run not in self._values and self.session.store.exists(f"rows/{run}.json"):
+            outputs = results.get_outputs(self.session.store, run)
+            self._values[run] = objective_of(outputs, self.plan.study.search.objective)
+        return self._values.get(run)
+
+    def print_best(self) -> None:
+        """Say which setting came out best, and that its objective is that of the best of many."""
+        search = self.plan.study.search
+        tried = [(value, values) for values in self.plan.suggestions if (value := self.value_of(values)) is not None]
+        if not tried:
+            return
+        value, values = (max if search.is_maximised else min)(tried, key=lambda pair: pair[0])
+        said, seeds = ", ".join(f"{name}={setting}" for name, setting in values.items()), len(self.plan.study.seeds)
+        console.print(
+            f"best {search.objective} of {len(tried)} settings: {value:.4f} (mean of {seeds} seeds) at {said}. "
+            "It was chosen by these runs: report it on other seeds.",
+            highlight=False,
+        )
+
+
+def print_plan(session: Session) -> None:
+    """What a dry run says of choices that are still to be made, and of runs that were stopped."""
+    plan, study = session.plan, session.study
+    if study.searched():
+        left = max(0, study.search.samples - len(plan.suggestions))
+        console.print(
+            f"Optuna has chosen {len(plan.suggestions)} settings and will choose {left} more: "
+            f"{left * len(study.seeds)} runs beside those above",
+            highlight=False,
+        )
+    if plan.stopped:
+        console.print(f"{len(plan.stopped)} runs were stopped early before, and stay so under a scheduler")
+
+
+def cell_of(run: RunSpec) -> str:
+    """What the runs that ASHA holds against one another have in common: all but options, seeds and forget draw."""
+    said = run.model_dump(mode="json", exclude={"seed": True, "original_seed": True, "method": {"options"}})
+    del said["setting"], said["forget"]["draw"]
+    for stage in said["stages"]:
+        del stage["method"]["options"]
+    return canonical_json(said)
+
+
+def watching(store: Store, rule: Asha, plan: Plan, hear: Callable[[Sequence[Progress]], None]) -> Watch[Task, Progress]:
+    """ASHA over the runs of a sweep, each against those of its cell; `hear` is told of each that is stopped.
+
+    Those that are over, whole or stopped before, take part.
+    """
+    halving, cells = Halving(rule), {key(run): cell_of(run) for _, run in plan.named_runs()}
+    present = [run for run in cells if f"rows/{run}.json" in plan.present]
+    for run in present:
+        halving.remember(cells[run], run, results.get_row(store, run).series.get(rule.metric, [])[:-1])
+    for run, series in stopped_series(store, list(cells)).items():
+        halving.remember(cells[run], run, series.get(rule.metric, []))
+
+    def stops(task: Task, progress: Progress) -> bool:
+        run = key(task.spec)
+        return halving.stops(cells[run], run, progress.epoch, progress.series[rule.metric])
+
+    def stopped(task: Task, reports: list[Progress]) -> None:
+        assert isinstance(task.spec, RunSpec)
+        put_stopped(store, task.spec, reports, str(rule))
+        hear(reports)
+
+    return Watch(stops, stopped)
+
+
+def print_stopped(plan: Plan, now: int) -> None:
+    """Say how many runs were stopped early, and what that means."""
+    if plan.study.scheduler is not None:
+        console.print(
+            f"{now} runs were stopped early now and {len(plan.stopped)} before, of {len(plan.runs())} "
+            f"({plan.sweep({}).caution}); "
+            "--scheduler none runs them to their end",
+            highlight=False,
+        )
