@@ -20,6 +20,7 @@ class Tables:
     export_id: str
     runs: pl.DataFrame
     members: pl.DataFrame
+    sweeps: pl.DataFrame
     metrics: pl.DataFrame
     comparisons: pl.DataFrame
     layers: pl.DataFrame

@@ -99,7 +99,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         "title": f"Unlearning report: {recipe}",
         "facts": _facts(runs, sweep) | facts,
         "others": _others(read, sweep),
-        "notes": _notes(runs),
+        "notes": [*_cautions(read, sweep), *_notes(runs)],
         "pairing": _pairing(runs),
         "scores": [_scores(read, key) for key in _scores_of(read)],
         "influence": _influence(read),
@@ -152,6 +152,17 @@ def _has_layers(read: Tables, runs: pl.DataFrame) -> bool:
 def _others(read: Tables, sweep: str | None) -> str:
     sizes = read.members.filter(pl.col("sweep") != (sweep or "")).group_by("sweep", "recipe").len().sort("sweep")
     return ", ".join(f"{key[:8]} ({recipe}, {count} runs)" for key, recipe, count in sizes.rows())
+
+
+def _cautions(read: Tables, sweep: str | None) -> list[str]:
+    """What the results of a sweep depend on beside its settings."""
+    said = read.sweeps.filter(pl.col("sweep") == sweep)["caution"].drop_nulls().to_list()
+    members = read.members.filter(pl.col("sweep") == sweep)["key"].unique()
+    stopped = read.runs.filter(pl.col("key").is_in(members.to_list()) & (pl.col("status") == "stopped"))
+    return [
+        f"Not independent of the number of workers: {text}. {len(stopped)} of {len(members)} runs were stopped early."
+        for text in said
+    ]
 
 
 def _notes(runs: pl.DataFrame) -> list[str]:

@@ -129,9 +129,11 @@ def _varying(options: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def failed_of_sweep(tables: Tables, sweep: str) -> pl.DataFrame:
-    """The members of a sweep that failed."""
+    """The members of a sweep that failed; those that a scheduler stopped early did not."""
     members = tables.members.filter(pl.col("sweep") == sweep).select("arm", "key")
-    return members.join(tables.runs.filter(pl.col("status") != "done"), on="key", how="inner", maintain_order="left")
+    return members.join(
+        tables.runs.filter(~pl.col("status").is_in(["done", "stopped"])), on="key", how="inner", maintain_order="left"
+    )
 
 
 class Values:

@@ -80,6 +80,9 @@ def show(store: Store, sweep: str, table: str = "comparison") -> None:
     """Print one of a sweep's tables, one part per forget set."""
     if table not in TABLES:
         raise InputError(f"unknown table {table!r}; {suggest(table, TABLES)}")
+    record = results.get_sweep(store, sweep)
+    if record is not None and record.caution:
+        console.print(f"[yellow]not independent of the number of workers[/yellow]: {record.caution}", highlight=False)
     with exports(store) as folder:
         wide = Console(width=max(console.width, _WIDTHS.get(table, _TABLE_WIDTH)))
         for part in TABLES[table](load.load(folder), sweep):

@@ -117,9 +117,8 @@ def print_plan(session: Session) -> None:
 
 
 def cell_of(run: RunSpec) -> str:
-    """What the runs that ASHA holds against one another have in common: all but options, seeds and forget draw."""
-    said = run.model_dump(mode="json", exclude={"seed": True, "original_seed": True, "method": {"options"}})
-    del said["setting"], said["forget"]["draw"]
+    """What the runs that ASHA holds against one another have in common: all but options, seeds included."""
+    said = run.model_dump(mode="json", exclude={"setting": True, "method": {"options"}})
     for stage in said["stages"]:
         del stage["method"]["options"]
     return canonical_json(said)
@@ -153,8 +152,7 @@ def print_stopped(plan: Plan, now: int) -> None:
     """Say how many runs were stopped early, and what that means."""
     if plan.study.scheduler is not None:
         console.print(
-            f"{now} runs were stopped early now and {len(plan.stopped)} before, of {len(plan.runs())} "
-            f"({plan.sweep({}).caution}); "
+            f"{now} runs were stopped early now and {len(plan.stopped)} before, of {len(plan.runs())}; "
             "--scheduler none runs them to their end",
             highlight=False,
         )

@@ -16,6 +16,7 @@ from jobs.progress import console
 from jobs.session import Options, existing_store, open_session
 from orchestrator import costs, exact, results
 from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.progress import STOPPED
 from orchestrator.store import Store
 
 _WIDTH = 110  # columns that the tables need; a narrower terminal wraps their lines
@@ -31,8 +32,10 @@ def run(options: Options) -> None:
     store = existing_store(options.storage)
     present = results.row_keys(store)
     attempts = results.get_attempts(store)
-    failed = _failed(store, {name: tries for name, tries in attempts.items() if name not in present})
-    console.print(_sweeps(store, present, {tries[-1].key for tries in failed}))
+    unfinished = _failed(store, {name: tries for name, tries in attempts.items() if name not in present})
+    failed = [tries for tries in unfinished if tries[-1].status != STOPPED]
+    stopped = {tries[-1].key for tries in unfinished if tries[-1].status == STOPPED}
+    console.print(_sweeps(store, present, {tries[-1].key for tries in failed}, stopped))
     models, stored = Counter[str](), store.names("campaigns")
     for name in stored:
         campaign, folder, rest = name.split("/", 2)
@@ -73,13 +76,11 @@ def _is_done(store: Store, attempt: results.Attempt) -> bool:
     return (bool(wanted) and all(map(store.exists, wanted))) or (whole is not None and store.exists(whole))
 
 
-def _sweeps(store: Store, present: set[str], failed: set[str]) -> Table:
-    table = Table("sweep", "recipe", "started", "done", "failed", "missing", title=f"sweeps in {store.root}")
+def _sweeps(store: Store, present: set[str], failed: set[str], stopped: set[str]) -> Table:
+    table = Table("sweep", "recipe", "started", "done", "failed", "stopped", "missing", title=f"sweeps in {store.root}")
     for sweep in sorted(results.get_sweeps(store), key=lambda s: s.provenance["created_at"]):
         keys = {member.key for member in sweep.members}
         started = datetime.datetime.fromtimestamp(sweep.provenance["created_at"]).strftime("%Y-%m-%d %H:%M")
-        missing = len(keys - present - failed)
-        table.add_row(
-            sweep.key[:8], sweep.recipe, started, str(len(keys & present)), str(len(keys & failed)), str(missing)
-        )
+        counts = (keys & present, keys & failed, keys & stopped, keys - present - failed - stopped)
+        table.add_row(sweep.key[:8], sweep.recipe, started, *(str(len(part)) for part in counts))
     return table

@@ -31,11 +31,13 @@ def export(store: Store) -> str:
     failed = [tries[-1] for name, tries in results.get_attempts(store).items() if name not in done]
     outputs = _LazyOutputs(store)
     metrics = {row.key: metrics_of(store, row, outputs) for row in rows}
+    sweeps = results.get_sweeps(store)
     export_id = secrets.token_hex(8)
     footer = {"export_id": export_id, "schema_version": SCHEMA_VERSION}
     lines: dict[str, Iterable[Mapping[str, Any]]] = {
         "runs": [*map(run_line, rows), *(failed_line(a) for a in failed if a.provenance.get("kind") == "run")],
-        "members": member_lines(results.get_sweeps(store)),
+        "members": member_lines(sweeps),
+        "sweeps": ({"sweep": s.key, "recipe": s.recipe, "caution": s.caution or None} for s in sweeps),
         "metrics": metric_lines(metrics),
         "comparisons": comparison_lines(rows, outputs, metrics),
         "layers": ({"key": row.key, **vars(layer)} for row in rows for layer in row.layers),

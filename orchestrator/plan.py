@@ -39,7 +39,6 @@ from orchestrator.store import Store
 from orchestrator.study import Study
 from orchestrator.unlearning import METHODS
 
-_CAUTION = "which runs are stopped early, so which have rows, depends on the number of workers"
 _OTHERS = ("validation", "test")  # splits beside the two parts of the training set
 PINNED = "files/"  # where users' files are kept in a store
 
@@ -131,8 +130,8 @@ class Plan:
         members += [Member("reference", key(run)) for run in self.study.reference_runs(self.fingerprint)]
         members = list(dict.fromkeys(members))  # an axis value given twice is one run
         said = self.study.model_dump(mode="json")
-        caution = "" if self.study.scheduler is None else f"{self.study.scheduler}: {_CAUTION}"
-        return Sweep(self._key(members), self.study.recipe, tuple(members), said, provenance, self.suggestions, caution)
+        name, caution = self._key(members), self.study.caution
+        return Sweep(name, self.study.recipe, tuple(members), said, provenance, self.suggestions, caution)
 
     def _key(self, members: Iterable[Member]) -> str:
         """The sweep's name: by its runs, or by how they are chosen where they are not known before.

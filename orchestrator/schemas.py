@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from orchestrator import costs
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 
 _S, _I, _F = pa.string(), pa.int64(), pa.float64()
 TABLES: Mapping[str, pa.Schema] = {
@@ -41,6 +41,7 @@ TABLES: Mapping[str, pa.Schema] = {
             ("git_commit", _S, True),
         ],
         "members": [("sweep", _S, False), ("recipe", _S, False), ("arm", _S, False), ("key", _S, False)],
+        "sweeps": [("sweep", _S, False), ("recipe", _S, False), ("caution", _S, True)],
         "metrics": [("key", _S, False), ("metric", _S, False), ("split", _S, False), ("value", _F, False)],
         "comparisons": [
             ("key", _S, False),

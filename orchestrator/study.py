@@ -174,6 +174,15 @@ class Study(Spec):
             return {}
         return {name: arm for name, arm in self.methods.items() if any(map(is_open, arm.axes().values()))}
 
+    @property
+    def caution(self) -> str:
+        """What the results depend on beside what the study says; empty for a grid or random draws run to their end."""
+        if self.scheduler is not None:
+            return f"{self.scheduler}, so which runs have rows depends on which came first"
+        if self.search.kind == "optuna":
+            return f"Optuna chose settings by {self.search.objective} of the runs that were over when it was asked"
+        return ""
+
     def check_whole(self) -> None:
         """Raise InputError where arms, search and scheduler do not go together; they may be set one after another."""
         for arm in self.methods.values():
