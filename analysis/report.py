@@ -156,6 +156,8 @@ def _others(read: Tables, sweep: str | None) -> str:
 
 def _cautions(read: Tables, sweep: str | None) -> list[str]:
     """What the results of a sweep depend on beside its settings."""
+    if sweep is None:
+        return []
     said = read.sweeps.filter(pl.col("sweep") == sweep)["caution"].drop_nulls().to_list()
     members = read.members.filter(pl.col("sweep") == sweep)["key"].unique()
     stopped = read.runs.filter(pl.col("key").is_in(members.to_list()) & (pl.col("status") == "stopped"))

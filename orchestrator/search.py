@@ -65,8 +65,8 @@ class Asha(Spec):
     """Asynchronous successive halving (Li et al. 2020, arXiv 1810.05934) among the runs of one cell.
 
     After `grace` epochs, and `factor` times as many, and so on, a run goes on if its `metric` (a series' name) is in
-    the best 1 / `factor` of the runs of its cell and seed that came as far before it. Which are stopped depends on which came
-    first, so on the number of workers.
+    the best 1 / `factor` of those that came as far before it, in its cell and with its seeds. Which are stopped depends
+    on which came first, so on the number of workers.
     """
 
     metric: str = "loss"
