@@ -9,6 +9,7 @@ from jobs.progress import bars, console
 from jobs.session import existing_store
 from orchestrator import costs, results, tracking
 from orchestrator.costs import Stretch
+from orchestrator.progress import stopped_series
 from orchestrator.registry import InputError
 from orchestrator.store import Store
 
@@ -29,7 +30,11 @@ def run(storage: str, tracking_uri: str | None) -> None:
             for name in keys:
                 written += tracker.write(results.get_row(store, name), arms[name])
                 advance("rows", 1)
-        tracker.finish("FINISHED" if len(keys) == len(arms) else "KILLED")
+        over = {
+            *keys,
+            *(stopped_series(store, list(arms)) if sweep.caution else ()),
+        }  # some are stopped, and meant to be
+        tracker.finish("FINISHED" if len(over) == len(arms) else "KILLED")
         console.print(
             f"sweep {sweep.key[:8]} ({sweep.recipe}): {written} of {len(keys)} rows were new at {uri}", highlight=False
         )

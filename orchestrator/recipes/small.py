@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from orchestrator.axes import loguniform
 from orchestrator.recipes.base import FORGET_SETS, RECIPES, arms, localizations, replaced, rivals
+from orchestrator.search import Search
 from orchestrator.specs import DataSource, ForgetSet, Model, TrainingSpec
 from orchestrator.study import Campaign, Study
 
@@ -17,6 +19,31 @@ def digits() -> Study:
         training=TrainingSpec(learning_rate=0.1, epochs=20, batch_size=64, warmup=0.2),
         forget_sets=FORGET_SETS,
         methods=arms(epochs=5, batch_size=64),
+    )
+
+
+@RECIPES
+def digits_search() -> Study:
+    """The digits with rates drawn at random, eight per cell: DEL, its control, SalUn, fine-tuning; flipped labels."""
+    rates = {
+        "del": loguniform(0.003, 0.3),
+        "random_within_tensor": loguniform(0.003, 0.3),
+        "salun": loguniform(0.001, 0.1),
+        "finetune": loguniform(0.003, 0.3),
+    }
+    made = arms(epochs=5, batch_size=64, budget=(0.3,))
+    drawn = {
+        name: arm.model_copy(update={"options": {**arm.options, "lr": rates[name]}}) if name in rates else arm
+        for name, arm in made.items()
+        if name in rates or name in ("identity", "retrain_short")
+    }
+    return replaced(
+        digits(),
+        recipe="digits_search",
+        forget_sets=(ForgetSet(name="mislabelled"),),
+        seeds=(0, 1),
+        methods=drawn,
+        search=Search(samples=8),
     )
 
 
