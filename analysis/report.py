@@ -161,10 +161,8 @@ def _cautions(read: Tables, sweep: str | None) -> list[str]:
     said = read.sweeps.filter(pl.col("sweep") == sweep)["caution"].drop_nulls().to_list()
     members = read.members.filter(pl.col("sweep") == sweep)["key"].unique()
     stopped = read.runs.filter(pl.col("key").is_in(members.to_list()) & (pl.col("status") == "stopped"))
-    return [
-        f"Not independent of the number of workers: {text}. {len(stopped)} of {len(members)} runs were stopped early."
-        for text in said
-    ]
+    early = f" {len(stopped)} of {len(members)} runs were stopped early." if len(stopped) else ""
+    return [f"Not independent of the number of workers: {text}.{early}" for text in said]
 
 
 def _notes(runs: pl.DataFrame) -> list[str]:

@@ -30,10 +30,7 @@ def run(storage: str, tracking_uri: str | None) -> None:
             for name in keys:
                 written += tracker.write(results.get_row(store, name), arms[name])
                 advance("rows", 1)
-        over = {
-            *keys,
-            *(stopped_series(store, list(arms)) if sweep.caution else ()),
-        }  # some are stopped, and meant to be
+        over = {*keys, *(stopped_series(store, list(arms)) if sweep.caution else ())}
         tracker.finish("FINISHED" if len(over) == len(arms) else "KILLED")
         console.print(
             f"sweep {sweep.key[:8]} ({sweep.recipe}): {written} of {len(keys)} rows were new at {uri}", highlight=False
