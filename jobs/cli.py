@@ -380,6 +380,23 @@ def catalogue(
     job.run(what, plugin or ())
 
 
+@app.command()
+def doctor(
+    storage: Storage = DEFAULT_STORAGE,
+    tracking_uri: TrackingUri = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A dashboard (http://...), or a Ray as for other commands. Default: RAY_ADDRESS, else none."),
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Check a cluster, or this machine, before a sweep does: versions, GPUs, storage, plugins, MLflow, token, room."""
+    from jobs import doctor as job
+    from jobs.session import Options
+
+    job.run(Options("", (), storage, tracking_uri, address=address, plugins=plugin or ()))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def submit(
     context: typer.Context,

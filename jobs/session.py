@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -66,14 +67,14 @@ class Session:
         return replace(self, plan=planning.make(self.study, self.dataset, self.store))
 
 
-def open_store(storage: str) -> Store:
+def open_store(storage: str, *, patience_seconds: float = Store.patience_seconds) -> Store:
     """The store at a root that can be written and read, and that outlives the command; InputError otherwise."""
     if JOB_VARIABLE in os.environ and "://" not in storage and not Path(storage).is_absolute():
         raise InputError(
             f"storage is {storage!r}, which ends with the working directory of this Ray job; "
             "give --storage an absolute path that all nodes share, or s3://bucket/prefix"
         )
-    store = Store(storage)
+    store = Store(storage, patience_seconds=patience_seconds)
     store.probe()
     store.sweep_up()
     return store
@@ -136,7 +137,7 @@ def open_session(options: Options) -> Session:
     store = open_store(options.storage)
     dataset = _dataset(study, options.dry_run)
     study = planning.pinned(study, dataset, store)
-    context = Context(store, plugins, study.data.label, git_commit())
+    context = Context(store, plugins, study.data.label, git_commit(), marker=f"nodes/{secrets.token_hex(8)}")
     return Session(options, study, dataset, store, planning.make(study, dataset, store), context)
 
 
@@ -154,11 +155,13 @@ def _dataset(study: Study, dry_run: bool) -> Dataset:
 
 
 def git_commit() -> str | None:
-    """The commit that this code runs from, `-dirty` if it was edited; None where there is no repository."""
+    """The commit that this code runs from, `-dirty` if it was edited; None where nothing says so."""
     given = os.environ.get("UNLEARN_GIT_COMMIT")  # a Ray job's working directory has no .git: the submitter says it
     if given:
         return given
     folder = Path(__file__).parent
+    if (folder / "COMMIT").is_file():  # an image has none either: who built it said it
+        return (folder / "COMMIT").read_text().strip() or None
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from orchestrator.costs import Outcome
 from orchestrator.data import Dataset
 from orchestrator.estimates import Estimate, measured
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
+from orchestrator.nodes import one_root
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
 
@@ -73,13 +75,15 @@ class Cost:
 
 @contextmanager
 def cluster_of(session: Session) -> Iterator[Cluster]:
-    """Ray for this command; SIGTERM (what `ray job stop` sends) becomes an interrupt."""
+    """Ray for this command, whose nodes see one root; SIGTERM (what `ray job stop` sends) becomes an interrupt."""
     options = session.options
     share = 1.0 if options.gpus_per_worker == "auto" else options.gpus_per_worker
     with ray_cluster(address=options.address, workers=options.workers, gpus_per_worker=share) as cluster:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs a handler of its own
-        yield shared(session, cluster) if options.gpus_per_worker == "auto" else cluster
+        is_alone = not (options.address or os.environ.get("RAY_ADDRESS"))  # a Ray of our own, on this machine
+        with nullcontext() if is_alone else one_root(session.store, session.context.marker):
+            yield shared(session, cluster) if options.gpus_per_worker == "auto" else cluster
 
 
 def device_of(cluster: Cluster) -> str:

@@ -10,7 +10,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -133,6 +133,8 @@ class Context:
     data: str = ""
     git_commit: str | None = None
     compiled: bool = False  # subset models; see pipeline.Lab
+    host: str = field(default_factory=socket.gethostname)  # the driver's
+    marker: str = ""  # which the driver keeps in the store while workers may be elsewhere
 
 
 class Workspace:
@@ -148,6 +150,11 @@ class Workspace:
         self._training_seconds = 0.0
         self._heard: Heard | None = None
         self._host, self._name = socket.gethostname(), secrets.token_hex(4)  # a pid may be another's in a container
+        if context.marker and self._host != context.host and not self.store.exists(context.marker):
+            raise InputError(
+                f"storage root {self.store.root!r} on {self._host} is not that of the driver on {context.host}; "
+                "give --storage a folder that all nodes share, at the same path, or s3://bucket/prefix"
+            )
 
     def perform(self, task: Task, report: Callable[[Progress], None] | None = None) -> Outcome:
         """Compute a task and store the result; a failure becomes an attempt and an Outcome, StorageError ends all.

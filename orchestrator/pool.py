@@ -25,7 +25,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 MAX_TRIES = 3  # workers that one item may lose before it is given up
-PATIENCE_SECONDS = 600.0  # without a single worker, until a map gives up
+PATIENCE_SECONDS = 1800.0  # without a single worker, until a map gives up
 _START_SECONDS = 60.0  # for all workers to start; those that come later join in
 _PAUSE_SECONDS = 0.5  # before a worker is started again that the cluster did not let start
 _KNOCK_SECONDS = 5  # for a cluster to take a connection; Ray itself tries for minutes
@@ -98,13 +98,9 @@ def ray_cluster(
                 **quiet,
             )
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise InputError(
-            f"no Ray cluster at {target or 'this machine'}: {reason}; start one with `ray start --head`, "
-            "or leave --address out to use this machine"
-        ) from None
+        raise InputError(_refusal(target or "this machine", str(error).strip())) from None
     try:
-        yield sized(workers, gpus_per_worker)
+        yield sized(workers, gpus_per_worker, can_grow=target is not None)
     finally:
         ray.shutdown()
         if scratch is not None:
@@ -150,10 +146,31 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
-def sized(workers: int | None, gpus_per_worker: float) -> Cluster:
-    """The Ray that we are connected to, with as many workers as asked for and as it can hold; InputError for none."""
+def _refusal(place: str, said: str) -> str:
+    """Why there is no connection, and what to do."""
+    versions = re.findall(r"(?:Ray|Python): (\S+)", said)
+    if said.startswith("Version mismatch") and len(versions) == 4:
+        theirs, ours = " and Python ".join(versions[:2]), " and Python ".join(versions[2:])
+        return (
+            f"the cluster at {place} runs Ray {theirs}, this process Ray {ours}, and they must be equal; run this in "
+            "the cluster's image, or use `unlearn submit`, whose command runs there"
+        )
+    reason = said.split("\n", 1)[0]
+    return (
+        f"no Ray cluster at {place}: {reason}; start one with `ray start --head`, "
+        "or leave --address out to use this machine"
+    )
+
+
+def sized(workers: int | None, gpus_per_worker: float, *, can_grow: bool = False) -> Cluster:
+    """The Ray that we are connected to, with as many workers as asked for and as it can hold; InputError for none.
+
+    One that `can_grow` gets all that are asked for: those without a place wait, and an autoscaler adds nodes for them.
+    """
     import ray
 
+    if can_grow and workers is not None:
+        return Cluster(workers, gpus_per_worker)
     return fitting(ray.cluster_resources(), workers, gpus_per_worker)  # type: ignore[no-untyped-call]
 
 
@@ -165,7 +182,8 @@ def fitting(resources: Mapping[str, float], workers: int | None, gpus_per_worker
     if room < 1:
         raise InputError(
             f"the cluster has {resources.get('CPU', 0):g} cores and {resources.get('GPU', 0):g} GPUs; "
-            f"a worker takes 1 core and {gpus_per_worker:g} GPUs: change --gpus-per-worker, or add nodes"
+            f"a worker takes 1 core and {gpus_per_worker:g} GPUs: change --gpus-per-worker, add nodes, "
+            "or say --workers where an autoscaler adds them"
         )
     return Cluster(min(workers or room, room), gpus_per_worker)
 

@@ -254,6 +254,18 @@ def connect_campaign(uri: str, store: Store, stretch: Stretch) -> CampaignTracke
     return tracker
 
 
+def probe(uri: str, store: Store) -> None:
+    """Write a run with an artifact, and delete it; raises InputError where MLflow takes either not."""
+    with _answering(uri):
+        client, experiment = _experiment(uri, store)
+        run = client.create_run(experiment, tags={KIND_TAG: "probe", "mlflow.runName": "unlearn doctor"})
+        try:
+            client.log_text(run.info.run_id, "written by unlearn doctor", "probe.txt")
+        finally:
+            client.set_terminated(run.info.run_id)
+            client.delete_run(run.info.run_id)
+
+
 def _experiment(uri: str, store: Store) -> tuple[MlflowClient, str]:
     """A client, and the id of our experiment there, made where it is missing."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})

@@ -164,6 +164,33 @@ class Nodes:
 
 
 @contextmanager
+def machine(address: str, folder: Path, scratch: Path, cores: int = 1) -> Iterator[None]:
+    """A node of a Ray cluster on what looks like another machine: its own host name, and a `folder` of its own."""
+    script = f"hostname elsewhere && mount -t tmpfs tmpfs {folder} && exec ray start --block --address={address} "
+    script += f"--num-cpus={cores} --object-store-memory={_OBJECT_STORE_BYTES} --disable-usage-stats"
+    attempt = ["unshare", "-m", "--uts", "mount", "-t", "tmpfs", "tmpfs", str(folder)]
+    if not sys.platform.startswith("linux") or subprocess.run(attempt, capture_output=True).returncode:
+        pytest.skip("another machine can only be made by root on Linux")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with open(scratch / "machine.log", "w") as log:
+        process = subprocess.Popen(
+            ["unshare", "-m", "--uts", "bash", "-c", script],
+            env={**os.environ, "PATH": path},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
 def ray_nodes() -> Iterator[Nodes]:
     """A cluster on this machine with no node yet that could hold a worker."""
     scratch, handler = tempfile.mkdtemp(prefix="ray-", dir="/tmp"), signal.getsignal(signal.SIGTERM)

@@ -1,20 +1,30 @@
-"""The pool on a cluster whose nodes leave and come, with real nodes."""
+"""A cluster whose nodes leave and come, and one that sees another file system, with real nodes."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from orchestrator.pool import NoWorkersError, Pool, ray_cluster
+from jobs.doctor import examined
+from orchestrator.data import DATASETS
+from orchestrator.experiment import Context, Workspace
+from orchestrator.nodes import alive, one_root
+from orchestrator.pool import Cluster, NoWorkersError, Pool, ray_cluster
+from orchestrator.registry import InputError, read_plugin
+from orchestrator.store import Store
 from tests.commands import ROOT
-from tests.faults import Nodes, ray_nodes
+from tests.faults import Nodes, machine, ray_nodes
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +94,64 @@ def test_a_user_with_a_token_reaches_a_cluster_that_wants_none(nodes: Nodes, tmp
 
 def square(_: Path, number: int) -> int:
     return number * number
+
+
+def test_a_root_that_one_node_does_not_see_is_refused_by_name_and_a_shared_one_passes(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    private, shared = tmp_path / "private", Store(str(tmp_path / "shared"))
+    private.mkdir()
+    first = nodes.add()
+    with machine(nodes.address, private, tmp_path), ray_cluster(address=nodes.address):
+        deadline = time.monotonic() + 60
+        while len([node for node in alive() if node.cores]) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        refused = pytest.raises(InputError, match=r"elsewhere .*: the driver's marker is not there.*s3://")
+        with refused, one_root(Store(str(private)), "nodes/marker"):
+            pytest.fail("nothing may be started")
+        with one_root(shared, "nodes/marker"):
+            assert shared.names("nodes") == ["marker"], "kept for the workers of nodes that come later"
+        assert shared.names("nodes") == []
+        (private / "here").touch()
+        plugin = tmp_path / "mine.py"
+        plugin.write_text(f"open({str(private / 'here')!r})")
+        found = examined([node for node in alive() if node.cores], Store(str(private)), (read_plugin(str(plugin)),))
+        failed = [(line.check, line.where.split()[0]) for line in found if line.state == "failed"]
+        assert failed == [("storage", "elsewhere"), ("plugin", "elsewhere")]
+    nodes.remove(first)
+
+
+def test_a_cluster_of_another_version_is_refused_in_words(nodes: Nodes) -> None:
+    """The cluster's own note of its version is changed, which Ray reads before it connects."""
+    from ray._raylet import GcsClient
+
+    client = GcsClient(address=nodes.address)
+    note = client.internal_kv_get(b"CLUSTER_METADATA", namespace=b"cluster")
+    older = json.dumps({**json.loads(note), "ray_version": "2.51.0", "python_version": "3.12.4"}).encode()
+    client.internal_kv_put(b"CLUSTER_METADATA", older, True, namespace=b"cluster")
+    try:
+        ours = f"Ray {version('ray')} and Python {platform.python_version()}"
+        said = (
+            f"runs Ray 2.51.0 and Python 3.12.4, this process {ours}, and they must be equal; run this in the cluster"
+        )
+        with pytest.raises(InputError, match=re.escape(said)), ray_cluster(address=nodes.address):
+            pytest.fail("it must not connect")
+    finally:
+        client.internal_kv_put(b"CLUSTER_METADATA", note, True, namespace=b"cluster")
+
+
+def test_workers_that_have_no_place_yet_are_asked_for_where_a_cluster_may_grow(nodes: Nodes) -> None:
+    with ray_cluster(address=nodes.address, workers=7, gpus_per_worker=0.5) as cluster:
+        assert cluster == Cluster(7, 0.5)
+
+
+def test_a_worker_on_a_node_that_came_later_checks_the_root_itself(tmp_path: Path) -> None:
+    store, dataset = Store(str(tmp_path)), DATASETS["digits"]({}, {})
+    with pytest.raises(InputError, match="not that of the driver on another"):
+        Workspace(dataset, Context(store, host="another", marker="nodes/marker"))
+    store.put("nodes/marker", b"driver")
+    Workspace(dataset, Context(store, host="another", marker="nodes/marker"))
 
 
 @pytest.mark.chaos
