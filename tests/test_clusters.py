@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -274,6 +278,23 @@ def test_the_image_holds_what_its_dockerfile_copies_and_its_server_needs() -> No
     server = PROJECT["project"]["optional-dependencies"]["server"]
     assert [re.split(r"[\[>]", line)[0] for line in server] == ["mlflow", "psycopg2-binary"]
     assert {"mlflow", "psycopg2-binary", "Flask-WTF", "boto3"} <= set(PINS)
+
+
+def test_the_code_of_an_image_knows_the_commit_that_its_builder_named(tmp_path: Path) -> None:
+    dockerfile = (CLUSTERS / "Dockerfile").read_text()
+    place = re.search(r'echo "\$\{GIT_COMMIT\}" > (\S+)', dockerfile)
+    assert place
+    assert PROJECT["tool"]["setuptools"]["package-data"]["jobs"] == [Path(place[1]).name], (
+        "it is installed with the code"
+    )
+    for package in ("jobs", "orchestrator"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / place[1]).write_text("0123abc-dirty\n")
+    ask = [sys.executable, "-c", "from jobs.session import git_commit; print(git_commit())"]
+    for given, expected in (("", "0123abc-dirty"), ("4567def", "4567def")):  # code that was submitted has its own
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "UNLEARN_GIT_COMMIT": given}
+        said = subprocess.run(ask, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+        assert said.strip() == expected
 
 
 def test_secrets_are_referred_to_and_the_readme_says_how_to_make_each_of_their_keys() -> None:
