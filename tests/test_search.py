@@ -130,6 +130,13 @@ def test_lists_are_a_grid_unless_a_random_search_is_asked_for() -> None:
     assert {rate for rate, _ in settings(asked, "del")} < {0.1, 0.2, 0.3, 0.4, 0.5}
 
 
+def test_two_arms_of_one_kind_have_draws_of_their_own() -> None:
+    study = studied("methods=del", "budget=0.1", "lr=loguniform(1e-3, 1e-1)")
+    twins = Study(**{**dict(study), "methods": {"del": study.methods["del"], "again": study.methods["del"]}})
+    assert settings(twins, "del") == settings(study, "del")
+    assert set(settings(twins, "del")).isdisjoint(settings(twins, "again"))
+
+
 def test_methods_yields_the_candidates_of_a_cell() -> None:
     arm = Arm(method="finetune", options={"lr": loguniform(1e-3, 1e-1), "epochs": (2, 5)})
     found = list(arm.methods(Search(samples=6), "finetune"))
@@ -193,6 +200,7 @@ def test_suggestions_are_a_function_of_history_number_and_seed_and_get_better() 
     for place in (0, 11, 23):  # as in a process that knows nothing but the record
         assert suggest(SPACE, history[:place], number=place, seed=0, is_maximised=True) == history[place][0]
     assert [values for values, _ in tried(3, seed=1)] != [values for values, _ in history[:3]]
+    assert suggest(SPACE, [], number=1, seed=0, is_maximised=True) != history[0][0]
     early, late = ([value for _, value in part] for part in (history[:10], history[14:]))
     assert np.median(late) > np.median(early)
     assert {type(value) for values, _ in history for value in values.values()} == {float, int, bool}
