@@ -133,6 +133,10 @@ def forget_quality(tables: Tables, sweep: str) -> Figure:
 
 def _curves(axes: Axes, part: pl.DataFrame, arms: Sequence[str], budgets: Sequence[float], value: str) -> None:
     places = {budget: float(place) for place, budget in enumerate(budgets)}
+    setting = [
+        pl.when("is_tuned").then(None).otherwise(pl.col(name)).alias(name) for name in ("variant", "learning_rate")
+    ]
+    part = part.with_columns(setting)  # one curve for an arm whose settings were chosen
     series = [
         (str(arm), list(group.drop_nulls(value).sort("budget").iter_rows(named=True)))
         for (arm, _, _), group in part.group_by("arm", "variant", "learning_rate", maintain_order=True)

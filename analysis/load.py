@@ -21,6 +21,7 @@ class Tables:
     runs: pl.DataFrame
     members: pl.DataFrame
     sweeps: pl.DataFrame
+    selections: pl.DataFrame
     metrics: pl.DataFrame
     comparisons: pl.DataFrame
     layers: pl.DataFrame

@@ -12,7 +12,7 @@ import jinja2
 import polars as pl
 from matplotlib.figure import Figure
 
-from analysis import costs, exact, figures, influence, paper, proxies, refinement, tables
+from analysis import costs, exact, figures, influence, pairs, paper, proxies, refinement, selections, tables
 from analysis.load import Tables, load
 from orchestrator.registry import InputError
 
@@ -112,6 +112,7 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
         "quality": None,
         "tables": [],
         "paired": None,
+        "selections": None,
         "paper": [],
         "published": [],
         "ablations": [],
@@ -120,7 +121,8 @@ def _content(read: Tables, sweep: str | None, facts: dict[str, str]) -> dict[str
     if has_runs and sweep is not None:
         content["quality"] = _embed(figures.forget_quality(read, sweep))
         content["tables"] = _tables(tables.comparison_table(read, sweep))
-        content["paired"] = _paired(tables.paired_table(read, sweep))
+        content["selections"] = _selections(read, sweep)
+        content["paired"] = _paired(pairs.paired_table(read, sweep))
         shaped = paper.paper_table(read, sweep)
         content["paper"] = _paper(shaped)
         content["published"] = paper.comparisons_with_paper(shaped, recipe)
@@ -293,6 +295,23 @@ def _exact(part: exact.Comparison) -> dict[str, Any]:
         "figure": None if part.scores_key is None else _embed(exact.figure(part)),
         "columns": exact.headings(part),
         "lines": [exact.cells(line) for line in part.lines],
+    }
+
+
+def _selections(read: Tables, sweep: str) -> dict[str, Any] | None:
+    found = selections.choices(read, sweep)
+    if not found:
+        return None
+    return {
+        "criterion": found[0].criterion,
+        "formula": found[0].formula,
+        "remarks": selections.summary(found),
+        "untuned": ", ".join(selections.untuned(read, sweep)),
+        "columns": selections.HEADINGS,
+        "parts": [
+            {"name": name, "caption": selections.caption(part), "lines": [selections.cells(choice) for choice in part]}
+            for name, part in selections.by_set(found).items()
+        ],
     }
 
 

@@ -1,4 +1,4 @@
-"""The tables: every setting of a sweep against its references, paired comparisons, and what scores find.
+"""The tables: every setting of a sweep against its references, and what scores find.
 
 All as DESIGN section 12 has it: difference = reference - value, standard errors over the seeds of both sides, 95 %
 t-intervals with Satterthwaite's degrees of freedom, and no selection: each setting is its own line. Where a forget set
@@ -27,7 +27,7 @@ _PARTS = ("difference", "standard_error", "low", "high")
 _MEANS = ("realised_budget", "effective_budget", "steps_ratio", "seconds")
 _FEATURES = ("confidence", "correctness", "entropy", "modified_entropy", "probability")
 ATTACKS = tuple(f"published_svc_{feature}" for feature in _FEATURES)
-_KEYS = {
+KEYS = {
     "forget_set": pl.String(),
     "arm": pl.String(),
     "variant": pl.String(),
@@ -35,7 +35,8 @@ _KEYS = {
     "budget": pl.Float64(),
 }
 COMPARISON: Mapping[str, pl.DataType] = {
-    **_KEYS,
+    **KEYS,
+    "is_tuned": pl.Boolean(),
     "draws": pl.String(),
     "is_partial": pl.Boolean(),
     "num_runs": pl.Int64(),
@@ -55,14 +56,6 @@ COMPARISON: Mapping[str, pl.DataType] = {
     "probability_distance_floor": pl.Float64(),
     **{name: pl.Float64() for attack in ATTACKS for name in (attack, f"{attack}_references")},
     **{name: pl.Float64() for name in _MEANS},
-}
-PAIRED: Mapping[str, pl.DataType] = {
-    **{name: kind for name, kind in _KEYS.items() if name != "arm"},
-    "against": pl.String(),
-    "against_variant": pl.String(),
-    "against_rate": pl.Float64(),
-    "num_pairs": pl.Int64(),
-    **{name: pl.Float64() for name in ("difference", "low", "high", "p", "p_holm")},
 }
 
 
@@ -104,13 +97,14 @@ def mean_difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Differenc
 
 
 def of_sweep(tables: Tables, sweep: str) -> pl.DataFrame:
-    """The finished runs of a sweep with their arm and variant; one line per member.
+    """The finished runs that a sweep reports, with their arm and variant; one line per member, none of tuning runs.
 
+    is_tuned: the setting was chosen on tuning runs.
     variant: the options other than the learning rate in which the runs of an arm differ, as `alpha=0.9`; null where
     they agree. Runs of two variants are never averaged.
     """
-    members = tables.members.filter(pl.col("sweep") == sweep).select("arm", "key")
-    runs = members.join(tables.runs.filter(pl.col("status") == "done"), on="key", how="inner", maintain_order="left")
+    done = pl.col("status") == "done"
+    runs = _reported(tables, sweep).join(tables.runs.filter(done), on="key", how="inner", maintain_order="left")
     options = [json.loads(text) for text in runs["options"].to_list()]
     by_arm: dict[str, list[dict[str, object]]] = {}
     for arm, chosen in zip(runs["arm"].to_list(), options, strict=True):
@@ -129,11 +123,15 @@ def _varying(options: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def failed_of_sweep(tables: Tables, sweep: str) -> pl.DataFrame:
-    """The members of a sweep that failed; those that a scheduler stopped early did not."""
-    members = tables.members.filter(pl.col("sweep") == sweep).select("arm", "key")
-    return members.join(
-        tables.runs.filter(~pl.col("status").is_in(["done", "stopped"])), on="key", how="inner", maintain_order="left"
-    )
+    """The reported members of a sweep that failed; those that a scheduler stopped early did not."""
+    failed = ~pl.col("status").is_in(["done", "stopped"])
+    return _reported(tables, sweep).join(tables.runs.filter(failed), on="key", how="inner", maintain_order="left")
+
+
+def _reported(tables: Tables, sweep: str) -> pl.DataFrame:
+    """The members that a sweep reports: all but the runs that settings were chosen by."""
+    members = tables.members.filter((pl.col("sweep") == sweep) & (pl.col("role") != "tuning"))
+    return members.select("arm", "key", is_tuned=pl.col("role") == "confirmed")
 
 
 class Values:
@@ -163,22 +161,22 @@ def _mean(values: Sequence[float]) -> float | None:
 def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
     """One line per setting (forget set, arm, variant, learning rate, budget), each draw against its own references.
 
-    Columns as in `COMPARISON`: the draws, as text, and whether they are fewer than those of other lines of the forget
-    set; the least and most references of a draw; for forget, retain and test accuracy
-    (and the flipped and unflipped parts of a forget set that has both) `<split>_difference`, `_standard_error`,
-    `_low`, `_high` in percentage points; reference_band, half of the 95 % interval in which one more reference's
-    forget accuracy would fall; tug_of_war and its floor (references against one another); excess_disagreement (share
-    of the forget set); the membership AUC of the runs and of the references, and the mean of reference - run;
-    tug-of-war with the published attack in it, and the distance of the given label's probability to the references'
-    mean, each with its floor (a reference against the others); the published attacks on runs and on references; means
-    of budgets, steps and seconds.
+    Columns as in `COMPARISON`: whether the setting was chosen on tuning runs; the draws, as text, and whether they
+    are fewer than those of other lines of the forget set; the least and most references of a draw; for forget, retain
+    and test accuracy (and the flipped and unflipped parts of a forget set that has both) `<split>_difference`,
+    `_standard_error`, `_low`, `_high` in points; reference_band, half of the 95 % interval in which one more
+    reference's forget accuracy would fall; tug_of_war and its floor (references against one another);
+    excess_disagreement (share of the forget set); the membership AUC of the runs and of the references, and the mean
+    of reference - run; tug-of-war with the published attack in it, and the distance of the given label's probability
+    to the references' mean, each with its floor (a reference against the others); the published attacks on runs and
+    on references; means of budgets, steps and seconds.
     Null where there is nothing to compare with.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
     references = references_of(runs)
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
-        found: dict[str, object] = dict(zip(SETTING, setting, strict=True))
+        found: dict[str, object] = dict(zip(SETTING, setting, strict=True)) | {"is_tuned": group["is_tuned"][0]}
         lines.append(found | _line(group, sides(group, references), values))
     return marked(pl.DataFrame(lines, schema=dict(COMPARISON)))
 
@@ -303,52 +301,6 @@ def _prediction_band(drawn: Sequence[Sequence[float]]) -> float | None:
     return float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance * (1 + more))
 
 
-def paired_table(tables: Tables, sweep: str) -> pl.DataFrame:
-    """DEL against its control and against the short retraining, in tug-of-war, paired on original seed and forget draw.
-
-    One line per forget set, learning rate and budget of `del` and per rival: `random_within_tensor` at the same rate
-    and budget, `retrain_short` at each of its rates. Positive: DEL is closer to the references. t-interval over pairs;
-    `p` two-sided, `p_holm` adjusted within the table. A single pair has no interval; without spread there is no p.
-    """
-    runs, values = of_sweep(tables, sweep), Values(tables)
-    references = references_of(runs)
-    measured: dict[tuple[object, ...], dict[tuple[object, ...], list[float]]] = {}
-    named = ("forget_set", "arm", "variant", "learning_rate", "budget")
-    for name, group in (
-        runs.filter(pl.col("arm") != "reference")
-        .with_columns(pair=pl.coalesce("original_seed", "seed"))
-        .group_by(*named, "pair", "forget_draw", maintain_order=True)
-    ):
-        against = references.get((str(name[0]), name[-1]), [])
-        if found := values.pairs(group["key"].to_list(), against, "tug_of_war", "all"):
-            measured.setdefault(name[:5], {})[name[5:]] = found
-    lines = []
-    for (forget_set, arm, variant, rate, budget), ours in measured.items():
-        for rival, theirs in measured.items():
-            control = rival[1] == "random_within_tensor" and rival[2:] == (variant, rate, budget)
-            shared = [pair for pair in ours if pair in theirs]
-            if arm != "del" or rival[0] != forget_set or not (control or rival[1] == "retrain_short") or not shared:
-                continue
-            setting = (forget_set, variant, rate, budget, *rival[1:4])
-            pairs = np.array([np.mean(ours[pair]) - np.mean(theirs[pair]) for pair in shared])
-            lines.append(dict(zip(list(PAIRED)[:7], setting, strict=True)) | _paired_line(pairs))
-    frame = pl.DataFrame(lines, schema={name: kind for name, kind in PAIRED.items() if name != "p_holm"})
-    adjusted = iter(holm(frame["p"].drop_nulls().to_list()))
-    p_holm = [None if p is None else next(adjusted) for p in frame["p"].to_list()]
-    return frame.with_columns(pl.Series("p_holm", p_holm, dtype=pl.Float64))
-
-
-def _paired_line(pairs: np.ndarray) -> dict[str, float | None]:
-    line: dict[str, float | None] = {"num_pairs": len(pairs), "difference": float(pairs.mean())}
-    if len(pairs) < 2:
-        return line | {"low": None, "high": None, "p": None}
-    mean, standard_error = float(pairs.mean()), float(pairs.std(ddof=1) / math.sqrt(len(pairs)))
-    half = float(stats.t.ppf(0.975, len(pairs) - 1)) * standard_error
-    spread = standard_error > 1e-12  # equal differences leave rounding, which is no evidence
-    p = 2 * float(stats.t.sf(abs(mean) / standard_error, len(pairs) - 1)) if spread else None
-    return line | {"low": mean - half, "high": mean + half, "p": p}
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment of p-values, in the order given."""
     adjusted, running = [0.0] * len(p_values), 0.0
@@ -445,8 +397,10 @@ def number(value: object, digits: int = 2) -> str:
 
 
 def name_of(line: Mapping[str, object]) -> str:
-    """An arm, its variant where it has several, and its draws where they are fewer than those of other lines."""
-    name = f"{line['arm']} ({line['variant']})" if line.get("variant") else str(line["arm"])
+    """An arm, `*` where its setting was chosen on tuning runs, its variant where it has several, and its draws where
+    they are fewer than those of other lines."""
+    name = f"{line['arm']}{'*' if line.get('is_tuned') else ''}"
+    name += f" ({line['variant']})" if line.get("variant") else ""
     return f"{name} [draw {line['draws']}]" if line.get("is_partial") else name
 
 

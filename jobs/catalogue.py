@@ -9,6 +9,7 @@ from rich.table import Table
 
 from jobs.progress import console
 from jobs.session import load_plugins
+from orchestrator.criteria import CRITERIA
 from orchestrator.data import DATASETS
 from orchestrator.forget_sets import FORGET_SETS
 from orchestrator.localization import STRATEGIES
@@ -28,6 +29,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "forget-sets": FORGET_SETS,
     "proxies": PROXIES,
     "metrics": METRICS,
+    "criteria": CRITERIA,
     "comparisons": COMPARISONS,
 }
 

@@ -257,6 +257,14 @@ def sweep(
     time_budget: search_options.TimeBudget = None,
     max_concurrent: search_options.MaxConcurrent = None,
     retries: search_options.Retries = 2,
+    tune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CRITERION",
+            help="Choose each arm's options by a criterion on other seeds and forget sets, and report only these; "
+            "`unlearn list criteria` shows them, --set tuning.seeds=... and so on the rest.",
+        ),
+    ] = None,
 ) -> None:
     """Run every method, budget and rate of a recipe with Ray Tune, training first what the runs depend on."""
     from jobs import sweep as job
@@ -264,10 +272,11 @@ def sweep(
 
     chosen = {"kind": search, "samples": samples, "seed": search_seed, "objective": objective, "direction": direction}
     named = {f"search.{field}": value for field, value in chosen.items()} | {"scheduler": scheduler}
+    tuned = [f"tuning.criterion={tune}"] if tune is not None else []
     job.run(
         Options(
             recipe,
-            [*(assignments or ()), *search_options.assignments(named)],
+            [*tuned, *(assignments or ()), *search_options.assignments(named)],
             storage,
             tracking_uri,
             workers,
@@ -332,7 +341,9 @@ def report(
         str | None, typer.Option(help="Key of a sweep, or its first characters. Default: the newest.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
-    table: Annotated[str, typer.Option(help="What to print: comparison, paper, ablation or rum.")] = "comparison",
+    table: Annotated[
+        str, typer.Option(help="What to print: comparison, selections, paper, ablation or rum.")
+    ] = "comparison",
 ) -> None:
     """Write the HTML report of a sweep, and print one of its tables, from the exported tables."""
     from jobs import report as job

@@ -33,6 +33,8 @@ from orchestrator.study import Study
 def run(options: Options, out: Path) -> None:
     """Write what is missing of a study as a work order: references first, then the runs."""
     session = open_session(options)
+    if session.plan.tuning is not None:
+        raise InputError("pack cannot choose settings; --set tuning=none packs them all, `unlearn sweep` tunes")
     order = _order(session)
     if options.dry_run or not order["runs"]:
         console.print(f"{len(order['runs']) or 'no'} runs are missing in {session.store.root}", highlight=False)

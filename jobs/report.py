@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from analysis import load, paper, refinement, report, tables
+from analysis import load, paper, refinement, report, selections, tables
 from jobs.progress import console
 from jobs.session import existing_store
 from orchestrator import results, schemas
@@ -18,7 +18,7 @@ from orchestrator.registry import InputError, suggest
 from orchestrator.store import Store
 
 _TABLE_WIDTH = 124  # columns that the terminal table needs; a narrower terminal wraps its lines
-_WIDTHS = {"paper": 150, "rum": 150}
+_WIDTHS = {"paper": 150, "rum": 150, "selections": 150}
 
 
 def run(storage: str, sweep: str | None, out: Path, table: str = "comparison") -> None:
@@ -70,6 +70,7 @@ def exports(store: Store) -> Iterator[Path]:
 
 TABLES: Mapping[str, Callable[[load.Tables, str], list[Table]]] = {
     "comparison": lambda read, sweep: tables.render(tables.comparison_table(read, sweep)),
+    "selections": lambda read, sweep: selections.render(read, sweep),
     "paper": lambda read, sweep: paper.render(paper.paper_table(read, sweep)),
     "rum": lambda read, sweep: refinement.render(read, sweep),
     "ablation": lambda read, sweep: paper.render_ablation(paper.ablation_table(read, sweep)),

@@ -81,6 +81,7 @@ def _sweeps(store: Store, present: set[str], failed: set[str], stopped: set[str]
     for sweep in sorted(results.get_sweeps(store), key=lambda s: s.provenance["created_at"]):
         keys = {member.key for member in sweep.members}
         started = datetime.datetime.fromtimestamp(sweep.provenance["created_at"]).strftime("%Y-%m-%d %H:%M")
-        counts = (keys & present, keys & failed, keys & stopped, keys - present - failed - stopped)
-        table.add_row(sweep.key[:8], sweep.recipe, started, *(str(len(part)) for part in counts))
+        missing = len(keys - present - failed - stopped) + sweep.undecided
+        counts = (len(keys & present), len(keys & failed), len(keys & stopped), missing)
+        table.add_row(sweep.key[:8], sweep.recipe, started, *map(str, counts))
     return table

@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
 import typer
 
-from jobs import searching, work
+from jobs import searching, tune, work
 from jobs.deadline import OUT_OF_TIME, OutOfTimeError
 from jobs.ledger import Ledger, stretch_of
 from jobs.progress import bars, console
@@ -22,7 +23,7 @@ from orchestrator.experiment import Task, Workspace
 from orchestrator.plan import Plan
 from orchestrator.pool import Cluster
 from orchestrator.progress import Progress
-from orchestrator.results import Sweep
+from orchestrator.results import Member, Sweep
 from orchestrator.specs import key
 
 
@@ -62,38 +63,53 @@ def run(options: Options) -> None:
 
 def sweep(session: Session) -> Done:
     """Compute what is missing of the session's study; rows reach MLflow as they come, Parquet at the end."""
-    now = time.time()
-    sweep = session.plan.sweep({"command": " ".join(sys.argv), "host": socket.gethostname(), "created_at": now})
-    if (before := results.get_sweep(session.store, sweep.key)) is not None:
-        sweep = replace(sweep, provenance={**before.provenance, "continued_at": now})
+    sweep = _record(session)
     uri = tracking.tracking_uri(session.store, session.options.tracking_uri)
     if uri is None and session.options.tracking_uri is None:
         console.print("no MLflow: an S3 root without --tracking-uri tracks nothing (`unlearn track` can do it later)")
     if sweep.caution:
         console.print(f"[yellow]not independent of the number of workers[/yellow]: {sweep.caution}", highlight=False)
     asking = searching.Asking(session, sweep, session.plan) if session.study.searched() else None
+    members: dict[str, Member] = {}
     cost = work.Cost()
-    with _tracked(session, sweep, uri, cost) as live:
+    with _tracked(session, sweep, uri, cost) as live, ExitStack() as closing:
 
-        def stored(keys: list[str]) -> None:
-            arms = {member.key: member.arm for member in (asking.sweep if asking else sweep).members}
+        def stored(keys: Iterable[str]) -> None:
+            if asking is not None:
+                members.update({member.key: member for member in asking.sweep.members})
             if live is not None:
                 for name in keys:
-                    live.put(results.get_row(session.store, name), arms[name])
+                    live.put(results.get_row(session.store, name), members[name].arm, members[name].role)
 
-        results.put_sweep(session.store, sweep)
+        def put(sweep: Sweep) -> None:
+            new = {member.key: member for member in sweep.members if member.key not in members}
+            members.update(new)
+            stored(sorted(new.keys() & results.row_keys(session.store)))
+            results.put_sweep(session.store, sweep)
+
+        cluster = cache(lambda: closing.enter_context(work.cluster_of(session)))  # where anything is missing
+
+        def phase(session: Session) -> None:
+            wanted = _prepared(session.plan) + session.plan.runs()
+            missing = session.plan.missing(wanted)
+            cost.cached += len(wanted) - len(missing)
+            work.note_found(session)
+            if missing:
+                _compute(session, cluster(), cost, lambda outcome: stored([outcome.key]), asking)
+            else:
+                work.ensure_scores(session)
+
+        put(sweep)
         if asking is not None:
             session = replace(session, plan=asking.begin(stored))
-        wanted = _prepared(session.plan) + session.plan.runs()
-        cost.cached = len(wanted) - len(session.plan.missing(wanted))
-        present = results.row_keys(session.store)
-        stored([member.key for member in sweep.members if member.key in present])
-        work.note_found(session)
-        if session.plan.missing(wanted):
-            with suppress(OutOfTimeError), work.cluster_of(session) as cluster:
-                _compute(session, cluster, cost, lambda outcome: stored([outcome.key]), asking)
-        else:
-            work.ensure_scores(session)
+        with suppress(OutOfTimeError):
+            if session.plan.undecided:
+                session = tune.settle(session, phase)
+                sweep = _record(session)
+                put(sweep)
+            elif session.study.tuning is not None:
+                cost.cached += tune.found(session.plan)
+            phase(session)
         num_left = _num_left(session, cost, asking)
         if num_left:
             cost.is_whole = False
@@ -102,6 +118,15 @@ def sweep(session: Session) -> Done:
     if asking is not None:
         asking.print_best()
     return Done(session, asking.sweep if asking else sweep, cost, uri, num_left)
+
+
+def _record(session: Session) -> Sweep:
+    """What the sweep is, as far as it is known."""
+    now = time.time()
+    sweep = session.plan.sweep({"command": " ".join(sys.argv), "host": socket.gethostname(), "created_at": now})
+    if (before := results.get_sweep(session.store, sweep.key)) is not None:
+        sweep = replace(sweep, provenance={**before.provenance, "continued_at": now})
+    return sweep
 
 
 def _num_left(session: Session, cost: work.Cost, asking: searching.Asking | None) -> int:
@@ -113,7 +138,7 @@ def _num_left(session: Session, cost: work.Cost, asking: searching.Asking | None
     left = [task for task in ready if task.kind == "block" or (task.kind, key(task.spec)) not in over]
     if any(outcome.kind == "model" for outcome in cost.failures):
         left = [task for task in left if task.kind != "block"]
-    return len(left) + (asking.num_left if asking and not cost.failures else 0)
+    return len(left) + plan.undecided + (asking.num_left if asking and not cost.failures else 0)
 
 
 def _prepared(plan: Plan) -> list[Task]:
@@ -140,9 +165,10 @@ def _compute(
     stored: Callable[[Outcome], None],
     asking: searching.Asking | None,
 ) -> None:
+    before = len(cost.outcomes)
     if session.plan.missing(_prepared(session.plan)):
         work.prepare(session, cluster, _prepared, cost)
-    for outcome in cost.outcomes:
+    for outcome in cost.outcomes[before:]:
         if outcome.kind == "run" and not outcome.error:
             stored(outcome)
     if (summary := work.ensure_scores(session)) is not None:

@@ -22,16 +22,17 @@ def run(storage: str, tracking_uri: str | None) -> None:
         raise InputError("there is no MLflow to write to; give --tracking-uri, or set MLFLOW_TRACKING_URI")
     present = results.row_keys(store)
     for sweep in results.get_sweeps(store):
-        arms = {member.key: member.arm for member in sweep.members}
-        keys = [name for name in arms if name in present]
+        members = {member.key: member for member in sweep.members}
+        keys = [name for name in members if name in present]
         tracker = tracking.connect(uri, store, sweep)
         written = 0
         with bars({"rows": len(keys)}) as advance:
             for name in keys:
-                written += tracker.write(results.get_row(store, name), arms[name])
+                written += tracker.write(results.get_row(store, name), members[name].arm, members[name].role)
                 advance("rows", 1)
-        over = {*keys, *(stopped_series(store, list(arms)) if sweep.caution else ())}
-        tracker.finish("FINISHED" if len(over) == len(arms) else "KILLED")
+        over = {*keys, *(stopped_series(store, list(members)) if sweep.caution else ())}
+        is_whole = len(over) == len(members) and not sweep.undecided
+        tracker.finish("FINISHED" if is_whole else "KILLED")
         console.print(
             f"sweep {sweep.key[:8]} ({sweep.recipe}): {written} of {len(keys)} rows were new at {uri}", highlight=False
         )

@@ -285,7 +285,8 @@ def print_overlaps(session: Session) -> None:
         if spec.scores is not None and not session.store.exists(scores_object(spec.scores)):
             continue
         scores = None if spec.scores is None else memorization_scores(session.store, spec.scores)
-        sets[spec.rule.name] = forget_indices(session.dataset, spec, scores, session.store)
+        name = spec.rule.label if spec.rule.name in sets else spec.rule.name
+        sets[name] = forget_indices(session.dataset, spec, scores, session.store)
     sizes = ", ".join(f"{name} {len(indices)}" for name, indices in sets.items())
     shared = ", ".join(f"{a} and {b} {n}" for a, b, n in planning.overlaps(sets))
     console.print(f"forget sets: {sizes}" + (f"; in common: {shared}" if shared else ""), highlight=False)
@@ -295,8 +296,13 @@ def print_plan(session: Session) -> None:
     """What a dry run says: per wave, what is in the store, what would be computed, and how long that would take."""
     plan = session.plan
     waves = plan.counts()
-    tasks = {"subset models": plan.missing(plan.models(plan.missing(plan.blocks())))} if plan.needs_scores else {}
+    tasks = (
+        {"subset models": plan.missing(plan.models(plan.missing(plan.blocks())))} if "subset models" in waves else {}
+    )
+    if plan.tuning is not None:
+        tasks |= {f"tuning {name}": plan.tuning.missing(wave) for name, wave in plan.tuning.waves().items()}
     tasks |= {name: plan.missing(wave) for name, wave in plan.waves().items()}
+    tasks["runs"] += plan.missing(plan.waiting())
     on_gpu = session.options.gpus_per_worker != 0
     rates = measured(
         session.store,
@@ -308,8 +314,12 @@ def print_plan(session: Session) -> None:
     for name, counts in waves.items():
         took = f", about {_duration(each[name].seconds)}" if each[name].seconds else ""
         console.print(f"{name}: {counts['done']} in the store, {counts['missing']} to compute{took}", highlight=False)
-    models = sum(counts["missing"] for name, counts in waves.items() if name != "localizations")
+    models = sum(counts["missing"] for name, counts in waves.items() if not name.endswith("localizations"))
     console.print(f"models to train: {models}", highlight=False)
+    if plan.undecided:
+        console.print(
+            f"{plan.undecided} of the runs confirm settings that the tuning runs choose first", highlight=False
+        )
     if any(tasks.values()):
         console.print(_needed_time(session, sum(each.values(), Estimate()), rates.count), highlight=False)
 

@@ -8,17 +8,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from orchestrator import costs, exact, results
+from orchestrator import costs, exact, results, selections
 from orchestrator.arms import CAMPAIGN
+from orchestrator.criteria import CRITERIA
 from orchestrator.data import Outputs
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
 from orchestrator.registry import Added, InputError, canonical_json
 from orchestrator.results import Attempt, Row, Sweep
 from orchestrator.schemas import SCHEMA_VERSION, TABLES
+from orchestrator.selections import Selection
 from orchestrator.specs import ScoresSpec, StandInSpec, key
 from orchestrator.store import Store
 from orchestrator.unlearning import METHODS
@@ -29,15 +32,15 @@ def export(store: Store) -> str:
     rows = [results.get_row(store, key) for key in sorted(results.row_keys(store))]
     done = {row.key for row in rows}
     failed = [tries[-1] for name, tries in results.get_attempts(store).items() if name not in done]
-    outputs = _LazyOutputs(store)
+    outputs, sweeps = _LazyOutputs(store), results.get_sweeps(store)
     metrics = {row.key: metrics_of(store, row, outputs) for row in rows}
-    sweeps = results.get_sweeps(store)
     export_id = secrets.token_hex(8)
     footer = {"export_id": export_id, "schema_version": SCHEMA_VERSION}
     lines: dict[str, Iterable[Mapping[str, Any]]] = {
         "runs": [*map(run_line, rows), *(failed_line(a) for a in failed if a.provenance.get("kind") == "run")],
         "members": member_lines(sweeps),
         "sweeps": ({"sweep": s.key, "recipe": s.recipe, "caution": s.caution or None} for s in sweeps),
+        "selections": selection_lines(store, sweeps, {row.key: row for row in rows}),
         "metrics": metric_lines(metrics),
         "comparisons": comparison_lines(rows, outputs, metrics),
         "layers": ({"key": row.key, **vars(layer)} for row in rows for layer in row.layers),
@@ -163,7 +166,60 @@ def member_lines(sweeps: Iterable[Sweep]) -> Iterator[dict[str, Any]]:
     """The table `members`."""
     for sweep in sweeps:
         for member in sweep.members:
-            yield {"sweep": sweep.key, "recipe": sweep.recipe, "arm": member.arm, "key": member.key}
+            yield {"sweep": sweep.key, "recipe": sweep.recipe, **vars(member)}
+
+
+def selection_lines(store: Store, sweeps: Iterable[Sweep], rows: Mapping[str, Row]) -> Iterator[dict[str, Any]]:
+    """The table `selections`."""
+    for sweep in (sweep for sweep in sweeps if sweep.selections):
+        found = [selections.get_selection(store, name) for name in sweep.selections]
+        chosen = [selection for selection in found if selection is not None]
+        names = [member.key for member in sweep.members if member.role != "tuning"]
+        reported = [rows[name] for name in names if name in rows]
+        by = {selection.criterion for selection in chosen if selection.criterion in CRITERIA}
+        confirmed = {name: selections.confirmed(store, name, sweep.selections, reported) for name in by}
+        for selection in chosen:
+            values = confirmed.get(selection.criterion, {}).get(selection.key, [])
+            for place, candidate in enumerate(selection.candidates):
+                is_chosen = place == selection.chosen
+                yield {
+                    "sweep": sweep.key,
+                    "selection": selection.key,
+                    **_cell_columns(selection),
+                    "candidate": place,
+                    "options": canonical_json(candidate.options),
+                    "chosen": is_chosen,
+                    "n": len(candidate.values),
+                    "values": candidate.values,
+                    "error": candidate.error,
+                    **_moments("", candidate.values),
+                    **({"confirmed_n": len(values), **_moments("confirmed_", values)} if is_chosen else {}),
+                }
+
+
+def _cell_columns(selection: Selection) -> dict[str, Any]:
+    """What the candidates of a cell share."""
+    spec = selection.spec
+    columns = {name: _spec_columns(spec)[name] for name in ("strategy", "granularity", "budget")}
+    return columns | {
+        "arm": selection.arm,
+        "forget_set": selection.forget_set,
+        "setting": canonical_json(_mask_options(spec["mask"] or {}) | _composition(spec)),
+        "criterion": selection.criterion,
+        "criterion_version": selection.criterion_version,
+        "formula": selection.formula,
+        "seeds": ", ".join(map(str, selection.seeds)),
+        "tuning_set": selection.tuning_set,
+        "tuning_draw": selection.draw,
+        "used_references": bool(selection.references),
+        "num_references": len(selection.references),
+    }
+
+
+def _moments(prefix: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard error; None of too few values."""
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return {f"{prefix}mean": float(np.mean(values)) if values else None, f"{prefix}standard_error": error}
 
 
 class _LazyOutputs:

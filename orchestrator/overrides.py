@@ -14,6 +14,7 @@ from orchestrator.registry import InputError, suggest
 from orchestrator.search import Asha
 from orchestrator.specs import ForgetSet, Named, Strategy
 from orchestrator.study import Study
+from orchestrator.tuning import Tuning
 from orchestrator.unlearning import METHODS
 
 T = TypeVar("T")
@@ -89,6 +90,8 @@ def _assigned(study: Study, path: str, text: str, later: Mapping[str, str]) -> S
         changes = _forget_sets(study.forget_sets, rest, text, path, later)
     elif field == "methods":
         changes = _arms(study.methods, rest, text, path)
+    elif field == "tuning":
+        changes = _tuning(study, rest, text, path, later)
     elif field == "seeds" and not rest:
         changes = text.split(",")
     elif field in ("references", "forget_draw", "original_seed", "protocol", "scores") and not rest:
@@ -124,6 +127,11 @@ def _fields(study: Study) -> list[str]:
         "seeds",
         "protocol",
         "scores",
+        "tuning",
+        "tuning.criterion",
+        "tuning.seeds",
+        "tuning.draw",
+        "tuning.references",
         "forget_draw",
         "original_seed",
         "forget_sets",
@@ -174,6 +182,32 @@ def _forget_sets(
     if rest[0] not in by_name:
         raise InputError(f"unknown field {path!r}; {suggest(rest[0], by_name)}")
     return tuple(_named(rule, rest[1:], text, path) if rule.name == rest[0] else rule for rule in rules)
+
+
+def _tuning(study: Study, rest: list[str], text: str, path: str, later: Mapping[str, str]) -> Tuning | None:
+    """The study's tuning with one field changed; `tuning=none` reports all settings, `.criterion` begins it."""
+    tuning = study.tuning
+    if not rest and text == "none":
+        return None
+    if rest == ["criterion"] and tuning is None:
+        return checked(lambda: Tuning(criterion=text))
+    if tuning is None:
+        raise InputError(f"{path} is set and the study is not tuned; set tuning.criterion first")
+    if rest[:1] != ["forget_sets"]:
+        fields = sorted({*Tuning.model_fields} - {"forget_sets"})
+        if len(rest) != 1 or rest[0] not in fields:
+            raise InputError(f"unknown field {path!r}; {suggest('.'.join(rest), [*fields, 'forget_sets.NAME'])}")
+        changed: Tuning = _rebuild(tuning, rest[0], text.split(",") if rest[0] == "seeds" else text)
+        return changed
+    names = [rule.name for rule in study.forget_sets]
+    if len(rest) < 2 or rest[1] not in names or (len(rest) > 2 and rest[1] not in tuning.forget_sets):
+        raise InputError(f"unknown field {path!r}; {suggest('.'.join(rest[1:]), names)}, each first set to a rule")
+    known = tuning.forget_sets.get(rest[1])
+    rule = (
+        _new(ForgetSet, text, path, later) if known is None or len(rest) == 2 else _named(known, rest[2:], text, path)
+    )
+    stands: Tuning = _rebuild(tuning, "forget_sets", {**tuning.forget_sets, rest[1]: rule})
+    return stands
 
 
 def _arms(arms: Mapping[str, Arm], rest: list[str], text: str, path: str) -> dict[str, Arm]:

@@ -5,26 +5,27 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator import results
+from orchestrator import results, selections
 from orchestrator.arms import CAMPAIGN
 from orchestrator.axes import Distribution
 from orchestrator.data import Dataset
-from orchestrator.experiment import Task, scores_object
+from orchestrator.experiment import Task, forget_indices, scores_object
 from orchestrator.localization import num_selected
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.models import factory
 from orchestrator.progress import stopped_series
 from orchestrator.proxies import PROXIES
 from orchestrator.registry import File, Fits, InputError
-from orchestrator.results import Member, Sweep
+from orchestrator.results import Member, Role, Sweep
 from orchestrator.search import check_objective
 from orchestrator.seeds import generator
+from orchestrator.selections import Selections
 from orchestrator.specs import (
     CampaignSpec,
     ForgetSet,
@@ -49,6 +50,8 @@ class Plan:
 
     `suggestions`: the settings that Optuna has chosen so far, values by axis. `stopped`: the objects of runs that a
     scheduler has stopped early, which are not begun again under one.
+    keys: the runs of the study's grid that are wanted; None: all. tuning: the plan by which the others' settings are
+    chosen, on stand-ins of the forget sets by name. selections: what was chosen; None before it is.
     """
 
     study: Study
@@ -56,10 +59,10 @@ class Plan:
     present: frozenset[str]
     suggestions: tuple[Mapping[str, Any], ...] = ()
     stopped: frozenset[str] = frozenset()
-
-    def named_runs(self) -> list[tuple[str, RunSpec]]:
-        """All runs but references, with the name of their arm."""
-        return self.study.runs(self.fingerprint, self.suggestions)
+    keys: frozenset[str] | None = None
+    tuning: Plan | None = None
+    stand_ins_of: Mapping[str, ForgetSet] = field(default_factory=dict)
+    selections: Selections | None = None
 
     def missing(self, tasks: Iterable[Task]) -> list[Task]:
         known = self.present | self.stopped
@@ -115,9 +118,38 @@ class Plan:
         chosen = [Proxy(name=name) for name, entry in PROXIES.items() if validation or "validation" not in entry.inputs]
         return [Task("proxies", ProxiesSpec(original=self.originals()[0].spec, proxies=tuple(chosen)))]
 
+    def named_runs(self) -> list[tuple[str, RunSpec]]:
+        """The runs of the study that are wanted, with the names of their arms."""
+        runs = self.study.runs(self.fingerprint, self.suggestions)
+        return runs if self.keys is None else [(arm, run) for arm, run in runs if key(run) in self.keys]
+
+    def waiting(self) -> list[Task]:
+        """As many runs as there will be of settings that are not chosen yet, each at a missing one if there is any."""
+        if self.tuning is None or self.selections is not None:
+            return []
+        several = (c for c in selections.cells(self.study.runs(self.fingerprint)).values() if len(c) > 1)
+        alike = [[Task("run", run) for run in runs] for c in several for runs in zip(*c.values(), strict=True)]
+        return [next(iter(self.missing(tasks)), tasks[0]) for tasks in alike]
+
+    @property
+    def undecided(self) -> int:
+        """How many runs are wanted whose settings are not chosen yet."""
+        return len(self.waiting())
+
+    def settled(self, store: Store) -> Plan:
+        """The plan with the settings chosen from what its tuning runs came to; those that failed are not waited for."""
+        if self.tuning is None:
+            return self
+        chosen = selections.select(self.study, self.tuning.study, self.stand_ins_of, self.fingerprint, store)
+        runs = self.study.runs(self.fingerprint)
+        fixed = {key(run) for arm, run in runs if selections.cell_of(arm, run) not in chosen}
+        decided = {name for names in selections.settled(chosen, runs).values() for name in names}
+        return replace(self, keys=frozenset(fixed | decided), selections=chosen)
+
     def localizations(self) -> list[Task]:
         """The distinct localizations of the runs, each base strategy before those that build on it."""
-        specs = {key(spec): spec for _, run in self.named_runs() if (spec := run.localization)}
+        runs = self.study.runs(self.fingerprint) if self.undecided else self.named_runs()
+        specs = {key(spec): spec for _, run in runs if (spec := run.localization)}
         return [Task("localization", spec) for spec in sorted(specs.values(), key=lambda s: s.base is not None)]
 
     def runs(self) -> list[Task]:
@@ -125,13 +157,39 @@ class Plan:
         return [Task("run", run) for run in distinct.values()]
 
     def sweep(self, provenance: Mapping[str, Any]) -> Sweep:
-        """The sweep's own record: all its runs by key, references included."""
-        members = [Member(arm, key(run)) for arm, run in self.named_runs()]
-        members += [Member("reference", key(run)) for run in self.study.reference_runs(self.fingerprint)]
-        members = list(dict.fromkeys(members))  # an axis value given twice is one run
-        said = self.study.model_dump(mode="json")
-        name, caution = self._key(members), self.study.caution
-        return Sweep(name, self.study.recipe, tuple(members), said, provenance, self.suggestions, caution)
+        """The sweep's own record: all its runs by key, references included.
+
+        A sweep that is tuned is known by all that could come of it, so that its name does not depend on the choice.
+        """
+        study, runs = self.study, self.study.runs(self.fingerprint, self.suggestions)
+        references = [Member("reference", key(run)) for run in study.reference_runs(self.fingerprint)]
+        # an axis value given twice is one run
+        members = list(dict.fromkeys([*(Member(arm, key(run)) for arm, run in runs), *references]))
+        tuning = [] if self.tuning is None else self.tuning.members("tuning")
+        by = selections.settled(self.selections or {}, runs)
+        confirmed = {run for names in by.values() for run in names}
+        kept = {key(run) for _, run in self.named_runs()}
+        roles = [
+            replace(member, role="confirmed" if member.key in confirmed else "reported")
+            for member in members
+            if member.key in kept or member in references
+        ]
+        return Sweep(
+            self._key([*members, *tuning]),
+            study.recipe,
+            (*tuning, *roles),
+            study.model_dump(mode="json"),
+            provenance,
+            self.suggestions,
+            study.caution,
+            {selection: tuple(names) for selection, names in by.items()},
+            self.undecided,
+        )
+
+    def members(self, role: Role) -> list[Member]:
+        """All runs in a role, references included."""
+        found = [Member(arm, key(run), role) for arm, run in self.named_runs()]
+        return list(dict.fromkeys([*found, *(Member("reference", key(task.spec), role) for task in self.references())]))
 
     def _key(self, members: Iterable[Member]) -> str:
         """The sweep's name: by its runs, or by how they are chosen where they are not known before.
@@ -139,6 +197,8 @@ class Plan:
         The number of samples is no part of it, so that a search can be asked for more.
         """
         study = self.study
+        if study.tuning is not None and self.tuning is not None:
+            return results.sweep_key(study.recipe, members, study.tuning.criterion, study.tuning.entry.version)
         if not study.searched():
             return results.sweep_key(study.recipe, members)
         parts = study.model_dump(mode="json", exclude_defaults=True, exclude={"data": True, "search": {"samples"}})
@@ -169,7 +229,12 @@ class Plan:
         for name, tasks in self.waves().items():
             missing = len(self.missing(tasks))
             waves[name] = Counter(done=len(tasks) - missing, missing=missing)
-        return waves
+        missing = len(self.missing(self.waiting()))
+        waves["runs"] += Counter(done=self.undecided - missing, missing=missing)
+        if self.tuning is None:
+            return waves
+        tuning = {n if n == "subset models" else f"tuning {n}": c for n, c in self.tuning.counts().items()}
+        return {**tuning, **waves}
 
     def campaign_counts(self) -> Counter[str]:
         """How many subset models are done and missing."""
@@ -189,8 +254,9 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
         )
     plan = Plan(study, dataset.fingerprint, _present(store)).suggested(store)
     present = plan.present
+    sizes = {rule.name: _check_forget_set(rule, dataset, store.get) for rule in study.forget_sets}
     for rule in study.forget_sets:
-        _check_stages(study, rule, _check_forget_set(rule, dataset, store.get))
+        _check_stages(study, rule, sizes[rule.name])
     _check_model(study, dataset)
     for name in {study.scores, *study.scores_used} & set(PROXIES):
         if "validation" in PROXIES[name].inputs and not len(dataset.splits["validation"]):
@@ -205,10 +271,50 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     results.check_arrays(store, [name for name in needed if name in present])
     if study.searched():
         check_objective(study.search.objective, ["forget", "retain", *(s for s in _OTHERS if len(dataset.splits[s]))])
-    if study.scheduler is None:
+    if study.scheduler is not None:
+        names = {key(task.spec): task.object_name for task in plan.missing(plan.runs())}
+        plan = replace(plan, stopped=frozenset(names[run] for run in stopped_series(store, list(names))))
+    return plan if study.tuning is None else _tuned(plan, sizes, dataset, store)
+
+
+def _tuned(plan: Plan, sizes: Mapping[str, int], dataset: Dataset, store: Store) -> Plan:
+    """A plan with the plan by which its settings are chosen; settled where the store holds all that is chosen by.
+
+    Without that plan where every cell has one setting, and there is nothing to choose.
+    """
+    study, total = plan.study, len(dataset.splits["train"])
+    assert study.tuning is not None
+    selections.check(study)
+    if not len(dataset.splits["validation"]):
+        raise InputError(f"tuning by {study.tuning.criterion} needs a validation split; set data.num_validation")
+    rules = {rule.name: selections.stand_in(study.tuning, rule, sizes[rule.name], total) for rule in study.forget_sets}
+    tuning = make(selections.tuning_study(study, rules), dataset, store)
+    _check_stand_ins(study, tuning, dataset, store)
+    single = [c for c in selections.cells(study.runs(plan.fingerprint)).values() if len(c) == 1]
+    fixed = frozenset(key(run) for candidates in single for runs in candidates.values() for run in runs)
+    if fixed == {key(task.spec) for task in plan.runs()}:
         return plan
-    names = {key(task.spec): task.object_name for task in plan.missing(plan.runs())}
-    return replace(plan, stopped=frozenset(names[run] for run in stopped_series(store, list(names))))
+    tuning = replace(tuning, keys=selections.tuned_runs(tuning.study.runs(plan.fingerprint)))
+    wanted = [*tuning.references(), *tuning.runs()]
+    selections.require_disjoint(
+        (key(task.spec) for task in wanted), (key(task.spec) for task in (*plan.references(), *plan.runs()))
+    )
+    made = replace(plan, tuning=tuning, stand_ins_of=rules, keys=fixed)
+    return made if tuning.missing(wanted) else made.settled(store)
+
+
+def _check_stand_ins(study: Study, tuning: Plan, dataset: Dataset, store: Store) -> None:
+    """Raise InputError where a set that settings are chosen on is one that is reported."""
+    reported = study.forget_specs(dataset.fingerprint)
+    for stand in tuning.study.forget_specs(dataset.fingerprint):
+        for spec in reported:
+            known = stand.scores is None and spec.scores is None
+            drawn = [forget_indices(dataset, each, None, store) for each in (stand, spec)] if known else []
+            if key(stand) == key(spec) or (known and np.array_equal(drawn[0], drawn[1])):
+                raise InputError(
+                    f"forget set {spec.rule.name} would be tuned on itself; set tuning.draw, or "
+                    f"tuning.forget_sets.{spec.rule.name} to another rule"
+                )
 
 
 def _present(store: Store) -> frozenset[str]:
@@ -234,7 +340,11 @@ def _inputs(task: Task) -> list[str]:
 def pinned(study: Study, dataset: Dataset, store: Store) -> Study:
     """The study with the files that its forget sets name checked, copied into the store and named by their content."""
     rules = tuple(_pinned_rule(rule, dataset, store) for rule in study.forget_sets)
-    return study.model_copy(update={"forget_sets": rules})
+    changes: dict[str, Any] = {"forget_sets": rules}
+    if study.tuning is not None:
+        stands = {name: _pinned_rule(rule, dataset, store) for name, rule in study.tuning.forget_sets.items()}
+        changes["tuning"] = study.tuning.model_copy(update={"forget_sets": stands})
+    return study.model_copy(update=changes)
 
 
 def _pinned_rule(rule: ForgetSet, dataset: Dataset, store: Store) -> ForgetSet:

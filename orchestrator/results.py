@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -74,12 +74,20 @@ class Attempt:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
+Role = Literal["reported", "confirmed", "tuning"]
+
+
 @dataclass(frozen=True)
 class Member:
-    """A run of a sweep, under the name that the recipe gives its combination of strategy and method."""
+    """A run of a sweep, under the name that the recipe gives its combination of strategy and method.
+
+    role: `reported` (its setting was given), `confirmed` (its setting was chosen on tuning runs), or `tuning`: a run
+    that a setting was chosen by, which no table may report.
+    """
 
     arm: str
     key: str
+    role: Role = "reported"
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class Sweep:
 
     suggestions: the settings that Optuna chose, values by axis, each written before its runs are begun. caution: what
     its results depend on beside what it says, as the number of workers where runs are stopped early.
+    selections: the key of each choice of a setting, and of the runs that report it. undecided: how many runs are not
+    known yet, since their settings wait for tuning runs.
     """
 
     key: str
@@ -97,11 +107,13 @@ class Sweep:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     suggestions: tuple[Mapping[str, Any], ...] = ()
     caution: str = ""
+    selections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    undecided: int = 0
 
 
-def sweep_key(recipe: str, members: Iterable[Member]) -> str:
-    """The name of a sweep: its recipe and the runs in it."""
-    parts = [recipe, sorted({(member.arm, member.key) for member in members})]
+def sweep_key(recipe: str, members: Iterable[Member], *more: str) -> str:
+    """The name of a sweep: its recipe, the runs in it, and `more` that tells it from others."""
+    parts = [recipe, sorted({(member.arm, member.key) for member in members}), *more]
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:32]
 
 
@@ -165,7 +177,9 @@ def get_sweep(store: Store, key: str) -> Sweep | None:
     except FileNotFoundError:
         return None
     members = tuple(Member(**member) for member in body.pop("members"))
-    return Sweep(**body | {"suggestions": tuple(body.get("suggestions", ()))}, members=members)
+    selections = {name: tuple(runs) for name, runs in body.pop("selections", {}).items()}
+    suggestions = tuple(body.pop("suggestions", ()))
+    return Sweep(**body, members=members, suggestions=suggestions, selections=selections)
 
 
 def get_sweeps(store: Store) -> list[Sweep]:
@@ -215,7 +229,15 @@ def unpack(store: Store, name: str) -> dict[str, np.ndarray]:
 
 
 _USUAL_HEADER = 8192  # bytes that hold most headers: one read
-_TYPES = {"BOOL": bool, "U8": np.uint8, "F16": np.float16, "F32": np.float32, "F64": np.float64, "I64": np.int64}
+_TYPES = {
+    "BOOL": bool,
+    "U8": np.uint8,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "I32": np.int32,
+    "I64": np.int64,
+}
 
 
 def unpack_some(store: Store, name: str, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -311,11 +333,17 @@ def _lost(store: Store, key: str) -> InputError:
     )
 
 
-def get_outputs(store: Store, key: str) -> dict[str, SplitOutputs]:
-    """The outputs of a finished run; raises InputError where they are lost or damaged."""
+def get_outputs(store: Store, key: str, only: Sequence[str] | None = None) -> dict[str, SplitOutputs]:
+    """The outputs of a finished run, on some splits alone or on all; raises InputError where they are lost or damaged.
+
+    Splits that are not asked for are not read.
+    """
     name = f"outputs/{key}.safetensors"
     try:
-        arrays = unpack(store, name)
+        if only is None:
+            arrays = unpack(store, name)
+        else:
+            arrays, _ = unpack_some(store, name, lambda part: part.partition(".")[0] in only)
     except (FileNotFoundError, InputError):
         raise _lost(store, key) from None
     splits = {name.partition(".")[0] for name in arrays}

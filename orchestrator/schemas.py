@@ -40,8 +40,29 @@ TABLES: Mapping[str, pa.Schema] = {
             ("numerics", _S, True),
             ("git_commit", _S, True),
         ],
-        "members": [("sweep", _S, False), ("recipe", _S, False), ("arm", _S, False), ("key", _S, False)],
+        "members": [(column, _S, False) for column in ("sweep", "recipe", "arm", "key", "role")],
         "sweeps": [("sweep", _S, False), ("recipe", _S, False), ("caution", _S, True)],
+        "selections": [
+            *((name, _S, False) for name in ("sweep", "selection", "arm", "forget_set")),
+            *((name, _S, True) for name in ("strategy", "granularity")),
+            ("budget", _F, True),
+            ("setting", _S, False),
+            ("candidate", _I, False),
+            ("options", _S, False),
+            ("chosen", pa.bool_(), False),
+            *((name, _S, False) for name in ("criterion", "criterion_version", "formula", "seeds", "tuning_set")),
+            ("tuning_draw", _I, False),
+            ("used_references", pa.bool_(), False),
+            ("num_references", _I, False),
+            ("n", _I, False),
+            ("mean", _F, True),
+            ("standard_error", _F, True),
+            ("values", pa.list_(pa.field("element", _F)), False),
+            ("error", _S, True),
+            ("confirmed_n", _I, True),
+            ("confirmed_mean", _F, True),
+            ("confirmed_standard_error", _F, True),
+        ],
         "metrics": [("key", _S, False), ("metric", _S, False), ("split", _S, False), ("value", _F, False)],
         "comparisons": [
             ("key", _S, False),
@@ -148,4 +169,7 @@ TABLES: Mapping[str, pa.Schema] = {
 }
 """The exported tables: name -> schema. `runs` has one line per run, references and identity included; a failed run
 that has no row yet has status `failed`. `memorization` and `examples` have one line per scores key and example.
+`members`: a run whose role is `tuning` is one that settings were chosen by, and enters no reported number.
+`selections` has one line per candidate of a cell whose options were chosen; `confirmed_` is the criterion on the runs
+that report the choice.
 `influence` has one line per estimate of influence, `influence_pairs` one per pair of examples that it found."""

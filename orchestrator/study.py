@@ -31,6 +31,7 @@ from orchestrator.specs import (
     check_fraction,
     key,
 )
+from orchestrator.tuning import Tuning
 from orchestrator.unlearning import METHODS
 
 
@@ -65,6 +66,9 @@ class Study(Spec):
 
     scores: what forget sets by memorization go by, the `campaign` or the name of a proxy (whose values have a scale of
     their own: a forget set's `centre` must be set with it).
+
+    tuning: how each arm's options are chosen before they are reported; None reports every combination of them.
+    first_reference: the seed of the first reference.
     """
 
     recipe: str
@@ -82,6 +86,8 @@ class Study(Spec):
     methods: Mapping[str, Arm]
     search: Search = Search()
     scheduler: Asha | None = None
+    tuning: Tuning | None = None
+    first_reference: int = Field(default=0, ge=0)
 
     @field_validator("seeds")
     @classmethod
@@ -162,7 +168,7 @@ class Study(Spec):
                 forget=forget,
                 method=Method(name="retrain"),
                 original_seed=None,
-                seed=seed + (forget.draw * self.references if self.protocol == "joint" else 0),
+                seed=self.first_reference + seed + (forget.draw * self.references if self.protocol == "joint" else 0),
             )
             for forget in self.forget_specs(fingerprint)
             for seed in range(self.references)
@@ -224,7 +230,7 @@ class Study(Spec):
         """
         setting = self.setting(fingerprint)
         drawn = {
-            (rule.name, seed): self.forget_spec(fingerprint, rule, self.draw_of(seed))
+            (rule, seed): self.forget_spec(fingerprint, rule, self.draw_of(seed))
             for rule in self.forget_sets
             for seed in self.seeds
         }
@@ -234,7 +240,7 @@ class Study(Spec):
                 name,
                 RunSpec(
                     setting=setting,
-                    forget=drawn[rule.name, seed],
+                    forget=drawn[rule, seed],
                     method=method,
                     original_seed=self.original_of(seed) if "model" in method.entry.inputs else None,
                     mask=mask,

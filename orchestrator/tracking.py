@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.costs import Point, Stretch
 from orchestrator.registry import InputError, canonical_json
-from orchestrator.results import Row, Sweep
+from orchestrator.results import Role, Row, Sweep
 from orchestrator.store import Store
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "unlearn"
 SWEEP_TAG, KEY_TAG, KIND_TAG = "unlearn.sweep", "unlearn.key", "unlearn.kind"
+ROLE_TAG = "unlearn.role"  # of a sweep's runs: reported, confirmed, or tuning, which settings were chosen by
 CAMPAIGN_TAG, SCORES_TAG, GATE_TAG = "unlearn.campaign", "unlearn.scores", "unlearn.gate"
 _LAST_SECONDS = 60.0  # for what is queued when a command ends
 _QUEUE_SIZE = 10_000
@@ -80,14 +81,14 @@ class Tracker:
         else:
             self.client.update_run(self._parent, status="RUNNING")
 
-    def write(self, row: Row, arm: str) -> bool:
+    def write(self, row: Row, arm: str, role: Role = "reported") -> bool:
         """Write a row as a child run; False where it is there already."""
         from mlflow.entities import Metric, Param
 
         if row.key in self._finished:
             return False
         stamp = int(row.provenance["finished_at"] * 1000)  # fixed, so that writing again adds no point
-        run_id = self._runs.get(row.key) or self._create(row, arm, stamp)
+        run_id = self._runs.get(row.key) or self._create(row, arm, role, stamp)
         metrics = [Metric(name, value, stamp, 0) for name, value in flat_metrics(row).items()]
         metrics += [
             Metric(f"epoch/{name}", value, stamp, epoch)
@@ -100,11 +101,12 @@ class Tracker:
         self._finished.add(row.key)
         return True
 
-    def _create(self, row: Row, arm: str, stamp: int) -> str:
+    def _create(self, row: Row, arm: str, role: Role, stamp: int) -> str:
         tags = {
             SWEEP_TAG: self.sweep.key,
             KEY_TAG: row.key,
             KIND_TAG: "run",
+            ROLE_TAG: role,
             "mlflow.parentRunId": self._parent,
             "mlflow.runName": f"{arm} {row.spec['forget']['rule']['name']} {row.key[:8]}",
         }
@@ -370,8 +372,8 @@ class LiveTracking(Writer):
         super().__init__()
         self.tracker = tracker
 
-    def put(self, row: Row, arm: str) -> None:
-        self.submit(partial(self.tracker.write, row, arm))
+    def put(self, row: Row, arm: str, role: Role = "reported") -> None:
+        self.submit(partial(self.tracker.write, row, arm, role))
 
     def close(self, status: str, artifacts: Iterable[str] = ()) -> None:
         """Write what is queued, then end the parent run."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from orchestrator.criteria import CRITERIA
 from orchestrator.data import DATASETS, Examples, SplitOutputs, Splits
 from orchestrator.forget_sets import FORGET_SETS
 from orchestrator.localization import STRATEGIES, select
@@ -136,6 +137,9 @@ def numbers() -> dict[str, dict[str, list[float]]]:
         found["metric"][f"{name} {metric.version}"] = [
             value for _, value in sorted(metric(inputs, metric.resolve({})).items())
         ]
+    inputs["original"] = _outputs(2)
+    for name, criterion in CRITERIA.items():
+        found["criterion"][f"{name} {criterion.version}"] = [criterion(inputs, {})]
     rng = numpy_generator(4, "golden")
     drawn = {"labels": np.arange(200) % 4, "true_labels": np.arange(200) % 4 - (np.arange(200) == 7), "rng": rng}
     drawn |= {"memorization": numpy_generator(5, "golden").random(200), "class_names": tuple("abcd")}

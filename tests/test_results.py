@@ -251,6 +251,8 @@ def example_column(field: pa.Field) -> pa.Array:
         pa.int64(): [0, -(2**62)],
         pa.float64(): [0.1, 1e-300],
         pa.binary(): [b"", b"\x00"],
+        pa.bool_(): [True, False],
+        pa.list_(pa.field("element", pa.float64())): [[], [0.1, 2.0]],
     }
     column = values[field.type]
     return pa.array([column[0], None] if field.nullable else column, field.type)

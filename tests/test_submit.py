@@ -21,9 +21,8 @@ import requests
 from jobs import parcel
 from jobs.parcel import pack
 from jobs.submit import run
-from orchestrator.registry import InputError
-
 from orchestrator.pool import _wants_token
+from orchestrator.registry import InputError
 
 ROOT = Path(__file__).parent.parent
 

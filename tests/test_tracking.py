@@ -137,7 +137,7 @@ def test_a_run_can_be_found_by_range_and_has_its_series(store: Store, uri: str) 
 
 def test_what_a_dead_driver_left_half_written_is_finished_under_the_same_id(store: Store, uri: str) -> None:
     tracker = connect(uri, store, SWEEP)
-    half = tracker._create(ROWS[0], "del", 1000)
+    half = tracker._create(ROWS[0], "del", "reported", 1000)
     assert replay(connect(uri, store, SWEEP), ROWS, ARMS) == len(ROWS)
     run = tracker.client.get_run(half)
     assert (run.info.status, run.data.metrics["accuracy/forget"]) == ("FINISHED", 0.25)

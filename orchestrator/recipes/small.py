@@ -7,6 +7,7 @@ from orchestrator.recipes.base import FORGET_SETS, RECIPES, arms, localizations,
 from orchestrator.search import Search
 from orchestrator.specs import DataSource, ForgetSet, Model, TrainingSpec
 from orchestrator.study import Campaign, Study
+from orchestrator.tuning import Tuning
 
 
 @RECIPES
@@ -44,6 +45,31 @@ def digits_search() -> Study:
         seeds=(0, 1),
         methods=drawn,
         search=Search(samples=8),
+    )
+
+
+@RECIPES
+def digits_tuned() -> Study:
+    """The demo's digits, tuned: each arm's rate is chosen on other seeds and forget sets; no subset models needed."""
+    study = digits()
+    rates: dict[str, tuple[float, ...]] = {
+        "del": (0.03, 0.1, 0.2),
+        "random_within_tensor": (0.03, 0.1, 0.2),
+        "salun": (0.003, 0.01, 0.03),
+        "finetune": (0.01, 0.03, 0.1, 0.2),
+        "neg_grad_plus": (0.003, 0.01, 0.03),
+        "random_labels": (0.003, 0.01, 0.03),
+    }
+    methods = {
+        name: arm.model_copy(update={"options": {**arm.options, "lr": rates[name]}}) if name in rates else arm
+        for name, arm in arms(epochs=5, batch_size=64, budget=(0.1, 0.3)).items()
+    }
+    return replaced(
+        study,
+        recipe="digits_tuned",
+        forget_sets=(ForgetSet(name="random"), ForgetSet(name="mislabelled")),
+        methods=methods,
+        tuning=Tuning(criterion="tug_of_war_validation"),
     )
 
 

@@ -66,7 +66,9 @@ class Made:
             "git_commit": "0f1e2d3c4b5a69788796a5b4c3d2e1f001234567",
         }
         self.lines["runs"].append(line | columns)
-        self.lines["members"].append({"sweep": "5eed" * 8, "recipe": "digits", "arm": arm, "key": key})
+        self.lines["members"].append(
+            {"sweep": "5eed" * 8, "recipe": "digits", "arm": arm, "key": key, "role": "reported"}
+        )
 
     def measure(self, key: str, **values: float) -> None:
         """Add metrics named `<metric>__<split>`."""

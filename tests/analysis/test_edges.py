@@ -16,7 +16,7 @@ from rich.console import Console
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from analysis import figures, load, paper, report, tables
+from analysis import figures, load, pairs, paper, report, tables
 from orchestrator.schemas import SCHEMA_VERSION, TABLES
 
 SWEEP, OTHER = "a" * 32, "b" * 32
@@ -64,7 +64,9 @@ def save(folder: Path, content: Mapping[str, Sequence[Mapping[str, Any]]]) -> Pa
 
 def export(folder: Path, lines: Sequence[Mapping[str, Any]], **more: Sequence[Mapping[str, Any]]) -> Path:
     done = [item for item in lines if item["status"] == "done"]
-    members = [{"sweep": SWEEP, "recipe": "made", "arm": item["arm"], "key": item["key"]} for item in lines]
+    members = [
+        {"sweep": SWEEP, "recipe": "made", "arm": item["arm"], "key": item["key"], "role": "reported"} for item in lines
+    ]
     metrics = [
         {"key": item["key"], "metric": "accuracy", "split": split, "value": item["accuracy"]}
         for item in done
@@ -87,7 +89,7 @@ def paired(folder: Path, ours: Sequence[float], theirs: Sequence[float], **colum
         for arm, values in (("del", ours), ("random_within_tensor", theirs))
         for seed, tug in enumerate(values)
     ]
-    return tables.paired_table(load.load(export(folder, [*references(0.5, 0.6), *runs])), SWEEP).to_dicts()
+    return pairs.paired_table(load.load(export(folder, [*references(0.5, 0.6), *runs])), SWEEP).to_dicts()
 
 
 def test_runs_with_other_options_are_never_averaged(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_each_draw_has_its_own_references_and_lines_are_over_the_draws(tmp_path:
     pooled = np.sqrt(np.mean([np.var([50, 60], ddof=1), np.var([90, 70], ddof=1)]) * (1 + 1 / 2))
     assert found["reference_band"] == pytest.approx(stats.t.ppf(0.975, 2) * pooled)
     assert found["tug_of_war"] == pytest.approx(np.mean([0.9, 0.8, 0.7, 0.75]))
-    (compared,) = tables.paired_table(read, SWEEP).to_dicts()
+    (compared,) = pairs.paired_table(read, SWEEP).to_dicts()
     expected = stats.ttest_rel([0.9, 0.8, 0.7, 0.75], [0.6, 0.7, 0.7, 0.6])
     assert compared["num_pairs"] == 4
     assert compared["p"] == pytest.approx(expected.pvalue)
@@ -178,9 +180,9 @@ def test_rivals_of_another_budget_or_rate_are_not_paired(tmp_path: Path) -> None
             for _ in range(2)
         )
     ]
-    frame = tables.paired_table(load.load(export(tmp_path, [*references(0.5, 0.6), *runs])), SWEEP)
+    frame = pairs.paired_table(load.load(export(tmp_path, [*references(0.5, 0.6), *runs])), SWEEP)
     assert len(frame) == 0
-    assert set(frame.columns) == set(tables.PAIRED)
+    assert set(frame.columns) == set(pairs.PAIRED)
 
 
 def test_the_band_is_where_one_more_reference_would_fall(tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_a_sweep_without_finished_runs_has_empty_tables_and_a_report(tmp_path: P
     frame = tables.comparison_table(load.load(folder), SWEEP)
     assert set(frame.columns) == set(tables.COMPARISON)
     assert tables.render(frame) == []
-    assert len(tables.paired_table(load.load(folder), SWEEP)) == 0
+    assert len(pairs.paired_table(load.load(folder), SWEEP)) == 0
     assert report.pictures(folder, tmp_path / "png") == []
     assert "No finished runs" in report.write(folder, tmp_path / "out.html").read_text()
 
@@ -215,7 +217,9 @@ def test_failed_runs_other_sweeps_and_mixed_numerics_are_told(tmp_path: Path) ->
     finished = line("d0", "del", 0.5, budget=0.3, numerics="cuda")
     folder = export(tmp_path, [*references(0.5, 0.6), finished, failed])
     members = pq.read_table(folder / "members.parquet")
-    more = pa.Table.from_pylist([{"sweep": OTHER, "recipe": "second", "arm": "del", "key": "d0"}], members.schema)
+    more = pa.Table.from_pylist(
+        [{"sweep": OTHER, "recipe": "second", "arm": "del", "key": "d0", "role": "reported"}], members.schema
+    )
     pq.write_table(pa.concat_tables([members, more]), folder / "members.parquet")
     page = report.write(folder, tmp_path / "out.html").read_text()
     assert "del, random, rate 0.1, budget 0.3, seed 7, failed" in page

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from analysis import load, report, tables
+from analysis import load, pairs, report, tables
 from orchestrator.registry import InputError
 from orchestrator.schemas import SCHEMA_VERSION, TABLES
 
@@ -72,7 +72,9 @@ def export(tmp_path: Path) -> Path:
     accuracy = REFERENCE_ACCURACY | RUN_ACCURACY
     write_table(tmp_path, "runs", [run_line(key) for key in accuracy])
     write_table(
-        tmp_path, "members", [{"sweep": "feed", "recipe": "made", "arm": ARMS[k[0]], "key": k} for k in accuracy]
+        tmp_path,
+        "members",
+        [{"sweep": "feed", "recipe": "made", "arm": ARMS[k[0]], "key": k, "role": "reported"} for k in accuracy],
     )
     metrics = [
         {"key": key, "metric": "accuracy", "split": split, "value": value if split == "forget" else 0.9}
@@ -164,7 +166,7 @@ def test_one_value_on_a_side_has_no_interval() -> None:
 
 
 def test_pairs_are_matched_on_the_seed_and_adjusted_by_holm(export: Path) -> None:
-    frame = tables.paired_table(load.load(export), "feed").to_dicts()
+    frame = pairs.paired_table(load.load(export), "feed").to_dicts()
     against = {line["against"]: line for line in frame}
     for rival, letter in (("random_within_tensor", "c"), ("retrain_short", "s")):
         expected = stats.ttest_rel(TUG["d"], TUG[letter])
