@@ -224,6 +224,8 @@ def test_criteria_are_what_they_say() -> None:
         (["tuning.criterion=accuracy"], "unknown criterion 'accuracy'"),
         (["tuning.forget_sets.whole_class=random"], "unknown field"),
         (["tuning=none", "tuning.draw=3"], "set tuning.criterion first"),
+        (["methods.del.budget=uniform(0.1, 0.3)"], "each draw is a cell of its own"),
+        (["methods=finetune", "forget_sets=random", "search.kind=optuna"], "Optuna chooses settings by the runs that"),
     ],
 )
 def test_tuning_by_what_is_reported_is_refused(texts: list[str], said: str, dataset: Dataset, tmp_path: Path) -> None:
