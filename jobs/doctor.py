@@ -26,7 +26,7 @@ from jobs.progress import console
 from jobs.session import Options, load_plugins, open_store
 from orchestrator import nodes, tracking
 from orchestrator.nodes import NoAnswerError, Node
-from orchestrator.pool import ray_cluster
+from orchestrator.pool import ray_cluster, wants_token
 from orchestrator.registry import InputError, Plugin, load_plugin
 from orchestrator.store import StorageError, Store
 
@@ -175,8 +175,11 @@ def _asked(address: str, token: str) -> tuple[int, str]:
 def _cluster(options: Options, address: str) -> Iterator[Finding]:
     """Everything that a command here would meet: the cluster's nodes, or a Ray of our own on this machine."""
     place = address or "this machine"
-    if address:
-        yield _authentication("without one, whoever reaches the head's ports can run code there")
+    if address and wants_token(address) is False:
+        remedy = "start Ray with RAY_AUTH_MODE=token on every node"
+        yield Finding("token", address, "warning", "whoever reaches these ports can run code there", remedy)
+    elif address:
+        yield _authentication("give every node the same one, and RAY_AUTH_MODE=token")
     try:
         plugins = load_plugins(options.plugins)
         yield from [Finding("plugin", "here", "ok", name) for name in options.plugins]

@@ -79,7 +79,7 @@ def ray_cluster(
     the cluster can hold no worker.
     """
     target = address or os.environ.get("RAY_ADDRESS")
-    prepare_ray(is_client=target is not None, wants_token=_wants_token(target) if target else None)
+    prepare_ray(is_client=target is not None, wants_token=wants_token(target) if target else None)
     import ray
 
     scratch, environment = None, {"env_vars": WORKER_ENVIRONMENT}
@@ -125,7 +125,7 @@ def prepare_ray(*, is_client: bool, wants_token: bool | None = None) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
-def _wants_token(address: str) -> bool | None:
+def wants_token(address: str) -> bool | None:
     """Whether the cluster at a `host:port` refuses calls without a token; None where that cannot be asked."""
     import grpc
 

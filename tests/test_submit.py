@@ -21,7 +21,7 @@ import requests
 from jobs import parcel
 from jobs.parcel import pack
 from jobs.submit import run
-from orchestrator.pool import _wants_token
+from orchestrator.pool import wants_token
 from orchestrator.registry import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -69,7 +69,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
-    assert _wants_token(f"127.0.0.1:{port}") is True
+    assert wants_token(f"127.0.0.1:{port}") is True
     yield f"http://127.0.0.1:{dashboard}", user
     process.send_signal(signal.SIGTERM)
     try:
