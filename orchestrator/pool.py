@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -110,7 +111,8 @@ def ray_cluster(
 def prepare_ray(*, is_client: bool, wants_token: bool | None = None) -> None:
     """Set Ray's environment, before it is imported.
 
-    A client of a cluster uses a token at hand, which Ray by default leaves aside; a Ray of our own sees to its token.
+    A client of a cluster uses a token at hand, which Ray by default leaves aside. A Ray of our own has a token for its
+    life, since one in the home folder, where Ray looks, may be changed while it runs.
     Where the cluster is known to want none, neither do we: calls back to a driver that wants one are refused, and all
     that the cluster says of it is that workers cannot start. Raises InputError where RAY_AUTH_MODE insists on tokens.
     """
@@ -123,6 +125,8 @@ def prepare_ray(*, is_client: bool, wants_token: bool | None = None) -> None:
         )
     if is_client and has_token and wants_token is not False and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
+    if not is_client and not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def wants_token(address: str) -> bool | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from orchestrator.pipeline import BrokenWorkerError
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, fitting, ray_cluster, ray_map
 from orchestrator.registry import InputError
+from tests.commands import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +145,27 @@ def test_a_cluster_that_cannot_hold_a_worker_is_refused(cluster: Cluster) -> Non
     with pytest.raises(InputError, match="0 GPUs"):
         fitting({"CPU": 4}, None, 0.5)
     assert fitting({"CPU": 16, "GPU": 2}, None, 0.25) == Cluster(8, 0.25)
+
+
+OWN_RAY = """
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from orchestrator.pool import Pool, ray_cluster
+
+with ray_cluster(workers=1) as cluster:
+    for token in ("0" * 64, "1" * 64):
+        Path(os.environ["HOME"], ".ray").mkdir(exist_ok=True)
+        Path(os.environ["HOME"], ".ray", "auth_token").write_text(token)
+        with Pool(cluster, dict, patience_seconds=60.0) as pool:
+            print(os.environ["RAY_AUTH_MODE"], pool.map(lambda _, number: number + 1, range(3)))
+"""
+
+
+def test_a_ray_of_our_own_does_not_hang_on_a_token_that_others_change(tmp_path: Path) -> None:
+    user = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
+    words = [sys.executable, "-c", OWN_RAY]
+    done = subprocess.run(words, cwd=ROOT, env=user, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "token [1, 2, 3]\n" * 2), done.stderr
