@@ -16,8 +16,10 @@ from pydantic import ValidationError
 
 from jobs.deadline import Deadline
 from orchestrator import plan as planning
+from orchestrator.blocks import remove_leftovers
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context
+from orchestrator.heartbeats import Heart
 from orchestrator.overrides import checked, override
 from orchestrator.plan import Plan
 from orchestrator.pool import MAX_TRIES
@@ -61,6 +63,7 @@ class Session:
     store: Store
     plan: Plan
     context: Context
+    heart: Heart
 
     def refreshed(self) -> Session:
         """The same, against what the store holds now."""
@@ -74,10 +77,15 @@ def open_store(storage: str, *, patience_seconds: float = Store.patience_seconds
             f"storage is {storage!r}, which ends with the working directory of this Ray job; "
             "give --storage an absolute path that all nodes share, or s3://bucket/prefix"
         )
-    store = Store(storage, patience_seconds=patience_seconds)
+    store = Store(storage, s3_endpoint(), patience_seconds)
     store.probe()
     store.sweep_up()
     return store
+
+
+def s3_endpoint() -> str | None:
+    """The URL of an S3 other than Amazon's, as its own tools read it; it goes to the workers with the store."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def existing_store(storage: str) -> Store:
@@ -138,7 +146,11 @@ def open_session(options: Options) -> Session:
     dataset = _dataset(study, options.dry_run)
     study = planning.pinned(study, dataset, store)
     context = Context(store, plugins, study.data.label, git_commit(), marker=f"nodes/{secrets.token_hex(8)}")
-    return Session(options, study, dataset, store, planning.make(study, dataset, store), context)
+    heart = Heart(store, f"{''.join(sys.argv[1:2])} {options.recipe}")
+    plan = planning.make(study, dataset, store)
+    if not options.dry_run:
+        remove_leftovers(store, plan.present)
+    return Session(options, study, dataset, store, plan, context, heart)
 
 
 def _dataset(study: Study, dry_run: bool) -> Dataset:

@@ -14,11 +14,14 @@ from analysis import costs as analysis
 from jobs import work
 from jobs.progress import console
 from jobs.session import Options, existing_store, open_session
-from orchestrator import costs, exact, results
+from orchestrator import costs, exact, heartbeats, results
+from orchestrator.heartbeats import Command
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.progress import STOPPED
+from orchestrator.results import Sweep
 from orchestrator.store import Store
 
+_SHOWN = 4  # tasks of a command
 _WIDTH = 110  # columns that the tables need; a narrower terminal wraps their lines
 
 
@@ -35,7 +38,12 @@ def run(options: Options) -> None:
     unfinished = _failed(store, {name: tries for name, tries in attempts.items() if name not in present})
     failed = [tries for tries in unfinished if tries[-1].status != STOPPED]
     stopped = {tries[-1].key for tries in unfinished if tries[-1].status == STOPPED}
-    console.print(_sweeps(store, present, {tries[-1].key for tries in failed}, stopped))
+    known = heartbeats.get_commands(store)
+    alive = heartbeats.living(store, known)
+    wide = Console(width=max(console.width, _WIDTH))
+    wide.print(_sweeps(store, present, {tries[-1].key for tries in failed}, stopped, known, alive))
+    for command in known:
+        _print_command(command, command.name in alive)
     models, stored = Counter[str](), store.names("campaigns")
     for name in stored:
         campaign, folder, rest = name.split("/", 2)
@@ -49,7 +57,6 @@ def run(options: Options) -> None:
     console.print(f"{len(present)} runs, {seconds:.0f} s of training in them", highlight=False)
     stretches = costs.get_stretches(store)
     if stretches:
-        wide = Console(width=max(console.width, _WIDTH))
         for table in analysis.render(analysis.totals(costs.cost_lines(stretches), costs.worker_lines(stretches))):
             wide.print(table)
     for tries in failed:
@@ -63,25 +70,41 @@ def _failed(store: Store, attempts: Mapping[str, Sequence[results.Attempt]]) -> 
     """The tries at each thing that failed and is not there by now; many models of a campaign may have."""
     found: dict[tuple[str, object], list[results.Attempt]] = {}
     for name, tries in attempts.items():
-        for attempt in tries:
+        for attempt in (attempt for attempt in tries if attempt.status in ("failed", STOPPED)):
             found.setdefault((name, attempt.provenance.get("what")), []).append(attempt)
-    return [tries for tries in found.values() if not _is_done(store, tries[-1])]
+    return [tries for tries in found.values() if not results.is_made(store, tries[-1])]
 
 
-def _is_done(store: Store, attempt: results.Attempt) -> bool:
-    """Whether what an attempt failed to make is there by now."""
-    said = attempt.provenance
-    wanted = said.get("objects") or [name for name in [said.get("object")] if name]  # the second: from before
-    whole = said.get("whole")  # the block of a model that failed by itself
-    return (bool(wanted) and all(map(store.exists, wanted))) or (whole is not None and store.exists(whole))
+def _print_command(command: Command, lives: bool) -> None:
+    """One line on a command that is running, or that ended before its work did."""
+    state = "[green]running[/green]" if lives else "[yellow]interrupted[/yellow]"
+    tasks = [f"{attempt.provenance['kind']} {attempt.provenance['what']}" for attempt in command.at_work.values()]
+    what = "; ".join(tasks[:_SHOWN]) + (f" and {len(tasks) - _SHOWN} more" if len(tasks) > _SHOWN else "")
+    at_work = f"; its workers {'are' if lives else 'were'} at {what}" if tasks else ""
+    remedy = "" if lives else "; the same command goes on from there"
+    console.print(f"{state} {escape(work.shown(command) + at_work)}{remedy}", highlight=False)
 
 
-def _sweeps(store: Store, present: set[str], failed: set[str], stopped: set[str]) -> Table:
-    table = Table("sweep", "recipe", "started", "done", "failed", "stopped", "missing", title=f"sweeps in {store.root}")
+def _state(sweep: Sweep, failed: int, missing: int, known: Sequence[Command], alive: set[str]) -> str:
+    """What a sweep is in: running, done, failed, interrupted; missing where its command ended and runs are left."""
+    at_it = [command for command in known if sweep.key in command.about]
+    if any(command.name in alive for command in at_it):
+        return "running"
+    if not missing:
+        return "failed" if failed else "done"
+    return "interrupted" if at_it else "missing"
+
+
+def _sweeps(
+    store: Store, present: set[str], failed: set[str], stopped: set[str], known: Sequence[Command], alive: set[str]
+) -> Table:
+    columns = ("sweep", "recipe", "started", "state", "done", "failed", "stopped", "missing")
+    table = Table(*columns, title=f"sweeps in {store.root}")
     for sweep in sorted(results.get_sweeps(store), key=lambda s: s.provenance["created_at"]):
         keys = {member.key for member in sweep.members}
         started = datetime.datetime.fromtimestamp(sweep.provenance["created_at"]).strftime("%Y-%m-%d %H:%M")
         missing = len(keys - present - failed - stopped) + sweep.undecided
-        counts = (len(keys & present), len(keys & failed), len(keys & stopped), missing)
-        table.add_row(sweep.key[:8], sweep.recipe, started, *map(str, counts))
+        counts = (len(keys & present), len(keys & failed - present), len(keys & stopped), missing)
+        state = _state(sweep, counts[1], missing, known, alive)
+        table.add_row(sweep.key[:8], sweep.recipe, started, state, *map(str, counts))
     return table

@@ -87,7 +87,7 @@ def sweep(session: Session) -> Done:
             stored(sorted(new.keys() & results.row_keys(session.store)))
             results.put_sweep(session.store, sweep)
 
-        cluster = cache(lambda: closing.enter_context(work.cluster_of(session)))  # where anything is missing
+        cluster = cache(lambda: closing.enter_context(work.cluster_of(session, sweep.key)))  # where anything is missing
 
         def phase(session: Session) -> None:
             wanted = _prepared(session.plan) + session.plan.runs()
@@ -200,6 +200,7 @@ def _try(
     with bars({"runs": len(runs) + more}) as advance:
 
         def done(outcome: Outcome) -> None:
+            session.heart.end(outcome.kind, outcome.key, outcome.label)
             cost.hear(outcome)
             advance("runs", 1)
             if outcome.error:
@@ -210,7 +211,9 @@ def _try(
         def stopped(reports: Sequence[Progress]) -> None:
             cost.stopped += 1
             if reports:
-                cost.hear(reports[-1].outcome)
+                outcome = reports[-1].outcome
+                session.heart.end(outcome.kind, outcome.key, outcome.label)
+                cost.hear(outcome)
             advance("runs", 1)
 
         with work.deaths(session, done):
@@ -222,6 +225,7 @@ def _try(
                 workers=min(cluster.workers, options.max_concurrent or cluster.workers),
                 gpus_per_worker=cluster.gpus_per_worker,
                 done=done,
+                begun=session.heart.begin,
                 tries=options.retries + 1,
                 watch=None if rule is None else searching.watching(session.store, rule, session.plan, stopped),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import threading
@@ -29,6 +30,7 @@ from orchestrator.costs import Outcome
 from orchestrator.data import Dataset
 from orchestrator.estimates import Estimate, measured
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
+from orchestrator.heartbeats import Command
 from orchestrator.nodes import one_root
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
 from orchestrator.specs import key
@@ -74,16 +76,20 @@ class Cost:
 
 
 @contextmanager
-def cluster_of(session: Session) -> Iterator[Cluster]:
-    """Ray for this command, whose nodes see one root; SIGTERM (what `ray job stop` sends) becomes an interrupt."""
+def cluster_of(session: Session, *about: str) -> Iterator[Cluster]:
+    """Ray for this command, whose nodes see one root, and its heartbeat in the store, which says what it is `about`: a
+    sweep, by its key. SIGTERM (what `ray job stop` sends) is an interrupt too.
+    """
     options = session.options
     share = 1.0 if options.gpus_per_worker == "auto" else options.gpus_per_worker
-    with ray_cluster(address=options.address, workers=options.workers, gpus_per_worker=share) as cluster:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which installs a handler of its own
-        is_alone = not (options.address or os.environ.get("RAY_ADDRESS"))  # a Ray of our own, on this machine
-        with nullcontext() if is_alone else one_root(session.store, session.context.marker):
-            yield shared(session, cluster) if options.gpus_per_worker == "auto" else cluster
+    is_alone = not (options.address or os.environ.get("RAY_ADDRESS"))  # a Ray of our own, on this machine
+    with (
+        ray_cluster(address=options.address, workers=options.workers, gpus_per_worker=share) as cluster,
+        _interruptible(session),
+        nullcontext() if is_alone else one_root(session.store, session.context.marker),
+        session.heart.beating([*about, _campaign_key(session)], _print_other(about)),
+    ):
+        yield shared(session, cluster) if options.gpus_per_worker == "auto" else cluster
 
 
 def device_of(cluster: Cluster) -> str:
@@ -98,8 +104,48 @@ def inputs_of(session: Session, cluster: Cluster, models: int) -> tuple[Dataset,
     return session.dataset, replace(session.context, compiled=is_compiled), device
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _interruptible(session: Session) -> Iterator[None]:
+    """Signals end the work, and the store says so at once: after SIGTERM, `ray job stop` gives three seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        session.heart.stop()
+        raise KeyboardInterrupt
+
+    # after ray.init, which installs handlers of its own
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+
+def _campaign_key(session: Session) -> str:
+    return key(session.study.campaign_spec(session.dataset.fingerprint))
+
+
+def _print_other(about: Sequence[str]) -> Callable[[Command], None]:
+    """Say that another command is at work on the store: what both lack, both train."""
+
+    def said(other: Command) -> None:
+        same = "the same sweep" if set(about) & set(other.about) else "this store"
+        console.print(
+            f"[yellow]another command is at work on {same}[/yellow]: {escape(shown(other))}; what both find missing "
+            "is trained by both, with equal results; end one of them and give it again later",
+            highlight=False,
+        )
+
+    return said
+
+
+def shown(command: Command) -> str:
+    """A command, its machine and when it began, for people."""
+    began = datetime.datetime.fromtimestamp(command.created).strftime("%Y-%m-%d %H:%M")
+    number = command.process.rpartition(" ")[2].partition("@")[0]
+    return f"`unlearn {command.words}` ({command.host}{f', process {number}' if number else ''}, since {began})"
 
 
 def prepare(session: Session, cluster: Cluster, wanted: Callable[[planning.Plan], Sequence[Task]], cost: Cost) -> None:
@@ -188,6 +234,7 @@ def perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost
     with bars(totals) as advance:
 
         def done(outcome: Outcome) -> None:
+            session.heart.end(outcome.kind, outcome.key, outcome.label)
             cost.hear(outcome)
             advance(NAMES[outcome.kind], 1)
             if outcome.error:
@@ -195,7 +242,7 @@ def perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost
             session.options.deadline.check()
 
         with deaths(session, done):
-            pool.map(Workspace.perform, tasks, done)
+            pool.map(Workspace.perform, tasks, done, session.heart.begin)
 
 
 def print_failure(outcome: Outcome) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,15 @@ def put_together(store: Store, campaign: str, block: int, membership: np.ndarray
         store.put(whole, results.pack({"membership": membership, **arrays}, metadata))
     for name in names:
         store.delete(name)
+
+
+def remove_leftovers(store: Store, present: Iterable[str]) -> None:
+    """Remove the models beside a block that is whole: who put it together was killed before."""
+    names = set(present)
+    for name in names:
+        campaign, folder, rest = name.removeprefix("campaigns/").partition("/parts/")
+        if folder and block_name(campaign, int(rest.partition("/")[0])) in names:
+            store.delete(name)
 
 
 @dataclass(frozen=True)

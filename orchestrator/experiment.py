@@ -159,6 +159,8 @@ class Workspace:
     def perform(self, task: Task, report: Callable[[Progress], None] | None = None) -> Outcome:
         """Compute a task and store the result; a failure becomes an attempt and an Outcome, StorageError ends all.
 
+        What is in the store by now is not computed again: another driver was faster, or a worker was lost, with its
+        node, after the result was kept and before anybody heard of it.
         BrokenWorkerError asks for another process, whose tries are counted as if this one had died. `report` hears of
         each epoch of a run but the last, of which the row says all there is; it may raise RunStoppedError.
         """
@@ -179,7 +181,8 @@ class Workspace:
         models, error = 0, None
         with steady(self.lab.device):
             try:
-                models = work(task)
+                is_there = task.kind != "model" and all(map(self.store.exists, task.objects))  # which looks by itself
+                models = 0 if is_there else work(task)
             except StorageError:
                 raise
             except (Exception, SystemExit) as failure:  # one failed task is a result: the others go on
@@ -410,11 +413,16 @@ def plain_stage(stage: StageSpec) -> PlainStage:
 
 def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
     """Keep a try at a task that came to nothing, as an attempt."""
+    results.put_attempt(store, attempt_of(task, "failed", error, trace))
+
+
+def attempt_of(task: Task, status: str, error: str, trace: str = "") -> results.Attempt:
+    """A try at a task, with all that is known of it here and now."""
     facts = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
     whole = Task("block", task.spec, task.block).object_name if task.kind == "model" else None
     provenance = {**facts, "what": task.label, "objects": list(task.objects), "whole": whole}
     spec = task.spec.model_dump(mode="json")
-    results.put_attempt(store, results.Attempt(key(task.spec), spec, "failed", error, provenance))
+    return results.Attempt(key(task.spec), spec, status, error, provenance)
 
 
 def scores_object(spec: ScoresSpec | StandInSpec) -> str:

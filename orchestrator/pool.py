@@ -53,6 +53,14 @@ class NoWorkersError(RuntimeError):
     """No node had room for a worker for so long that a map was given up."""
 
 
+def no_workers(seconds: float, state: str) -> NoWorkersError:
+    """What is said after so many seconds without a worker."""
+    return NoWorkersError(
+        f"no node had room for a worker for {seconds:g} s, {state}; add nodes, or end what holds "
+        "their cores, and give the same command again: what is finished is kept"
+    )
+
+
 def death_reason(tries: int, error: object) -> str:
     """One line on workers that died, with what Ray says of the last, if it says anything."""
     if error is None:
@@ -345,29 +353,37 @@ class Pool(Generic[S]):
         return [actor for actor in self._actors if actor not in self._starting.values()]
 
     def no_workers(self, state: str) -> NoWorkersError:
-        return NoWorkersError(
-            f"no node had room for a worker for {self.patience_seconds:g} s, {state}; add nodes, or end what holds "
-            "their cores, and give the same command again: what is finished is kept"
-        )
+        return no_workers(self.patience_seconds, state)
 
     def map(
-        self, function: Callable[[S, A], R], items: Iterable[A], done: Callable[[R], None] | None = None
+        self,
+        function: Callable[[S, A], R],
+        items: Iterable[A],
+        done: Callable[[R], None] | None = None,
+        begun: Callable[[A], None] | None = None,
     ) -> list[R]:
         """`[function(state, item) for item in items]`, in order; `done` hears of each result as it comes.
+
+        `begun` hears of each item that a worker turns to.
 
         Items whose worker dies are given to another, at most MAX_TRIES times; then WorkerDeathError is raised,
         after all the others are done. An exception of `function` ends the map and is raised as it is.
         """
-        return _Mapping(self, function, list(items), done).run()
+        return _Mapping(self, function, list(items), done, begun).run()
 
 
 class _Mapping(Generic[S, A, R]):
     """One call of Pool.map: what waits, what runs where, what came back."""
 
     def __init__(
-        self, pool: Pool[S], function: Callable[[S, A], R], items: list[A], done: Callable[[R], None] | None
+        self,
+        pool: Pool[S],
+        function: Callable[[S, A], R],
+        items: list[A],
+        done: Callable[[R], None] | None,
+        begun: Callable[[A], None] | None,
     ) -> None:
-        self.pool, self.items, self.done = pool, items, done
+        self.pool, self.items, self.done, self.begun = pool, items, done, begun
         self.function = function
         self.waiting = deque(range(len(items)))
         self.running: dict[Any, tuple[int, int]] = {}  # call -> (item, actor), in the order handed out
@@ -411,6 +427,12 @@ class _Mapping(Generic[S, A, R]):
                     call = self.pool._actors[actor].call.remote(function, self.items[item])
                     self.running[call] = (item, actor)
                     self.load[actor] += 1
+                    if queued == 0:
+                        self._begin(item)
+
+    def _begin(self, item: int) -> None:
+        if self.begun is not None:
+            self.begun(self.items[item])
 
     def _take(self, actor: int) -> None:
         """Take the result of a worker's first call, which ends before the one behind it; or what became of it."""
@@ -432,6 +454,8 @@ class _Mapping(Generic[S, A, R]):
         else:
             self._drop(call)
             self.results[item] = result
+            if (behind := next((item for item, where in self.running.values() if where == actor), None)) is not None:
+                self._begin(behind)
             if self.done is not None:
                 self.done(result)
 

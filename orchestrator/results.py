@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a run that did not become a row."""
+    """One try at a run that did not become a row. status: running, failed, stopped or interrupted."""
 
     key: str
     spec: Mapping[str, Any]
@@ -152,9 +152,17 @@ def row_keys(store: Store) -> set[str]:
     return {name.removesuffix(".json") for name in store.names("rows")}
 
 
-def put_attempt(store: Store, attempt: Attempt) -> None:
-    """Keep a failed try beside the earlier ones of the same run."""
-    store.put(f"attempts/{attempt.key}/{time.time_ns()}.json", seal(asdict(attempt)))
+def put_attempt(store: Store, attempt: Attempt, number: int | None = None) -> None:
+    """Keep a try beside the earlier ones of the same run; its number is the moment in ns, unless it has one."""
+    store.put(f"attempts/{attempt.key}/{number or time.time_ns()}.json", seal(asdict(attempt)))
+
+
+def is_made(store: Store, attempt: Attempt) -> bool:
+    """Whether what an attempt did not come to make is there by now."""
+    said = attempt.provenance
+    wanted = said.get("objects") or [name for name in [said.get("object")] if name]  # the second: from before
+    whole = said.get("whole")  # the block of a model that failed by itself
+    return (bool(wanted) and all(map(store.exists, wanted))) or (whole is not None and store.exists(whole))
 
 
 def get_attempts(store: Store) -> dict[str, list[Attempt]]:

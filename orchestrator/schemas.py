@@ -167,8 +167,8 @@ TABLES: Mapping[str, pa.Schema] = {
         **costs.COLUMNS,
     }.items()
 }
-"""The exported tables: name -> schema. `runs` has one line per run, references and identity included; a failed run
-that has no row yet has status `failed`. `memorization` and `examples` have one line per scores key and example.
+"""The exported tables: name -> schema. `runs` has one line per run, references and identity included; a run
+that was tried and has no row has the status of its last try. `memorization` and `examples` have one line per scores key and example.
 `members`: a run whose role is `tuning` is one that settings were chosen by, and enters no reported number.
 `selections` has one line per candidate of a cell whose options were chosen; `confirmed_` is the criterion on the runs
 that report the choice.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeVar
@@ -16,7 +18,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from orchestrator.pipeline import RunStoppedError
-from orchestrator.pool import MAX_TRIES, WorkerDeathError, death_reason
+from orchestrator.pool import MAX_TRIES, PATIENCE_SECONDS, NoWorkersError, WorkerDeathError, death_reason, no_workers
 from orchestrator.progress import Watch
 from orchestrator.store import StorageError
 
@@ -46,15 +48,20 @@ def run_trials(
     done: Callable[[R], None],
     tries: int = MAX_TRIES,
     watch: Watch[A, Any] | None = None,
+    begun: Callable[[A], None] | None = None,
+    patience_seconds: float = PATIENCE_SECONDS,
 ) -> None:
     """Call `function(state, item)` in one Tune trial per item; `done` hears of each result, on the driver.
+
+    `begun` hears of each item that a worker turns to.
 
     `items` are taken one by one as workers become free, so that one may depend on earlier results, and none is begun
     once they end. Each worker makes its state once, by `setup(*inputs)`. Under a `watch` the function is given a third
     argument, to report its progress to; what is stopped there must let RunStoppedError pass. Needs a Ray that is up and
     whose cores are free. Raises WorkerDeathError, after all the others are done, where the workers of a trial kept
-    dying, StorageError at once where the storage is full or gone, and RuntimeError where Tune returned before all the
-    items were over, which it does not say by itself.
+    dying, StorageError at once where the storage is full or gone, NoWorkersError where no node had room for a worker
+    for `patience_seconds` (Tune itself waits for ever), and RuntimeError where Tune returned before all the items were
+    over, which it does not say by itself.
     """
     coming = iter(items)
     first = next(coming, None)
@@ -64,7 +71,7 @@ def run_trials(
     bound = tune.with_parameters(trial, function=function, setup=setup, inputs=inputs, is_watched=watch is not None)
     scratch = tempfile.mkdtemp(prefix="tune-")
     bound.__name__ = f"{_NAME}-{os.path.basename(scratch)}"
-    feed, listener = _Feed(chain([first], coming)), _Listener(done, tries, watch)
+    feed, listener = _Feed(chain([first], coming)), _Listener(done, tries, watch, begun, patience_seconds)
     tuner = tune.Tuner(
         tune.with_resources(bound, {"cpu": 1, "gpu": gpus_per_worker}),
         tune_config=tune.TuneConfig(
@@ -203,16 +210,40 @@ class _Judge(FIFOScheduler):
 class _Listener(tune.Callback):
     """Hands each result to the driver's own code, and keeps the items whose workers kept dying."""
 
-    def __init__(self, done: Callable[[Any], None] | None, tries: int, watch: Watch[Any, Any] | None) -> None:
-        self._done, self._tries, self._watch = done, tries, watch
+    def __init__(
+        self,
+        done: Callable[[Any], None] | None,
+        tries: int,
+        watch: Watch[Any, Any] | None,
+        begun: Callable[[Any], None] | None,
+        patience_seconds: float,
+    ) -> None:
+        self._done, self._tries, self._watch, self._begun = done, tries, watch, begun
+        self._patience_seconds, self._idle_since = patience_seconds, math.inf
         self._reports: dict[str, list[Any]] = {}  # of the trials that are running, by trial
         self._finished: set[str] = set()
         self.over = 0
         self.lost: list[tuple[Any, str]] = []
-        self.stopped: StorageError | None = None
+        self.stopped: StorageError | NoWorkersError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_done": None, "_watch": None}  # Tune pickles its callbacks beside a state that we never resume from
+        return {
+            "_done": None,
+            "_watch": None,
+            "_begun": None,
+        }  # Tune pickles its callbacks beside a state that we never resume from
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        now = time.monotonic()
+        is_waiting = not all(t.is_finished() for t in trials) and all(t.status != "RUNNING" for t in trials)
+        self._idle_since = min(self._idle_since, now) if is_waiting else math.inf
+        if now - self._idle_since > self._patience_seconds:
+            self.stopped = no_workers(self._patience_seconds, f"{len(self._finished)} trials are done")
+            raise self.stopped
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        if self._begun is not None:
+            self._begun(trial.config["item"].value)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         if "stopped" in result:  # no other trial could keep what it computes: all end, and none is tried again
@@ -235,4 +266,6 @@ class _Listener(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.over += 1
+        if trial.trial_id in self._finished:  # its worker died after its report
+            return
         self.lost.append((trial.config["item"].value, death_reason(self._tries, trial.get_pickled_error())))

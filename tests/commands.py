@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +28,13 @@ def run(*words: str, environment: dict[str, str] | None = None) -> subprocess.Co
         timeout=300,
         env={**usual, **(environment or {})},
     )
+
+
+def here(job: Callable[..., object], *arguments: object) -> str:
+    """What a job says, performed in this process, which has imported everything."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        job(*arguments)
+    return said.getvalue()
 
 
 def rows(store: Path) -> dict[str, dict[str, object]]:

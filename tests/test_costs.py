@@ -20,7 +20,6 @@ from analysis import report
 from jobs import ledger, track, work
 from jobs.ledger import Ledger
 from jobs.session import Options, Session, open_session
-from jobs.status import _is_done
 from orchestrator import costs, results, tracking
 from orchestrator.campaigns import Tally
 from orchestrator.costs import Outcome, Stretch
@@ -28,6 +27,7 @@ from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE, block_membership
 from orchestrator.pool import Cluster
 from orchestrator.registry import InputError
+from orchestrator.results import is_made
 from orchestrator.seeds import numpy_generator
 from orchestrator.store import Store
 from tests.analysis.made import Made
@@ -295,4 +295,4 @@ def test_a_failure_is_over_when_all_of_it_is_there_or_the_block_that_it_was_for(
         for name in there:
             store.put(name, b"x")
         attempt = results.Attempt("k", {}, "failed", "error", {"objects": objects, "whole": whole})
-        assert _is_done(store, attempt) == over
+        assert is_made(store, attempt) == over

@@ -24,6 +24,7 @@ from orchestrator.nodes import alive, one_root
 from orchestrator.pool import Cluster, NoWorkersError, Pool, ray_cluster
 from orchestrator.registry import InputError, read_plugin
 from orchestrator.store import Store
+from orchestrator.sweep import run_trials
 from tests.commands import ROOT, run
 from tests.faults import Nodes, machine, ray_nodes
 
@@ -194,3 +195,45 @@ def test_when_all_nodes_have_left_the_map_waits_and_then_says_so(nodes: Nodes, t
         nodes.add()
         pool.patience_seconds = 60.0
         assert pool.map(square, range(5)) == [0, 1, 4, 9, 16]
+
+
+def wait_and_square(_: Path, number: int) -> int:
+    time.sleep(0.3)
+    return number * number
+
+
+@pytest.mark.chaos
+def test_trials_outlive_a_time_without_nodes_and_do_not_wait_for_ever(nodes: Nodes, tmp_path: Path) -> None:
+    """Tune itself waits for ever, and says nothing."""
+    for node in list(nodes.workers):
+        nodes.remove(node)
+    nodes.add()
+    heard: list[int] = []
+
+    def done(result: int) -> None:
+        heard.append(result)
+        if len(heard) in (2, 5):
+            nodes.remove(nodes.workers[-1])
+            if len(heard) == 2:
+                nodes.add()
+
+    def trials(items: list[int], patience_seconds: float) -> None:
+        run_trials(
+            wait_and_square,
+            items,
+            setup=Path,
+            inputs=(str(tmp_path),),
+            workers=2,
+            gpus_per_worker=0.0,
+            done=done,
+            patience_seconds=patience_seconds,
+        )
+
+    with ray_cluster(address=nodes.address):
+        with pytest.raises(NoWorkersError, match=r"room for a worker for 40 s, 5 trials are done; add nodes"):
+            trials(list(range(8)), 40.0)
+        assert sorted(heard) == sorted(set(heard))
+        nodes.add()
+        before = len(heard)
+        trials([11, 12], 120.0)
+        assert heard[before:] == [121, 144] or heard[before:] == [144, 121]

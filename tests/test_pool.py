@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from orchestrator.pipeline import BrokenWorkerError
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, fitting, ray_cluster, ray_map
 from orchestrator.registry import InputError
 from tests.commands import ROOT
+from orchestrator.sweep import run_trials
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +151,6 @@ def test_a_cluster_that_cannot_hold_a_worker_is_refused(cluster: Cluster) -> Non
 
 OWN_RAY = """
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 from orchestrator.pool import Pool, ray_cluster
@@ -169,3 +169,44 @@ def test_a_ray_of_our_own_does_not_hang_on_a_token_that_others_change(tmp_path: 
     words = [sys.executable, "-c", OWN_RAY]
     done = subprocess.run(words, cwd=ROOT, env=user, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == (0, "token [1, 2, 3]\n" * 2), done.stderr
+
+
+def kept_then_die_once(state: Path, number: int) -> str:
+    """Keep a result; the worker of number 2 dies the first time, after the result is kept and before it is heard."""
+    kept = state / str(number)
+    if kept.exists():
+        return f"{number} found"
+    kept.touch()
+    if number == 2:
+        os.kill(os.getpid(), 9)
+    return f"{number} made"
+
+
+def test_trials_start_when_the_pool_before_them_has_failed_with_all_cores_in_its_hands(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle actor that keeps its core stops Tune for good. Tune leaves nothing behind, neither here nor at home."""
+    with Pool(cluster, Path, (str(tmp_path),)) as pool, pytest.raises(WorkerDeathError):
+        pool.map(die_on_three, range(6))
+    scratch, home = tmp_path / "scratch", tmp_path / "home"
+    scratch.mkdir()
+    home.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "kept").mkdir()
+    heard, begun = list[str](), Counter[int]()
+    run_trials(
+        kept_then_die_once,
+        range(5),
+        setup=Path,
+        inputs=(str(tmp_path / "kept"),),
+        workers=2,
+        gpus_per_worker=0.0,
+        done=heard.append,
+        begun=lambda number: begun.update([number]),
+    )
+    assert sorted(heard) == ["0 made", "1 made", "2 found", "3 made", "4 made"]
+    assert set(begun) == set(range(5))
+    assert begun[2] == 2
+    assert not list(scratch.glob("tune-*"))
+    assert not (home / "ray_results").exists()

@@ -1,0 +1,166 @@
+"""Heartbeats: who lives, who died, and what becomes of what a dead command's workers were at."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator import heartbeats, results
+from orchestrator.experiment import Task
+from orchestrator.heartbeats import Command, Heart, bury, get_commands, is_alive, living, this_process, worker_of
+from orchestrator.recipes import RECIPES
+from orchestrator.specs import OriginalSpec, key
+from orchestrator.store import Store
+from orchestrator.study import Study
+
+STUDY: Study = RECIPES["digits"].function()
+TASKS = [Task("original", OriginalSpec(setting=STUDY.setting("0" * 32), seed=seed)) for seed in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeats, "STILL_SECONDS", 0.5)
+
+
+def command(name: str = "1-a", **facts: object) -> Command:
+    return replace(Command(name, "sweep digits", ("sweep",), "far", "other machine 7@1", 1.0), **facts)
+
+
+def put(store: Store, *commands: Command) -> None:
+    for each in commands:
+        heartbeats._put(store, each)
+
+
+def work(root: str, ready: multiprocessing.synchronize.Event) -> None:
+    """A driver at two tasks, a third one done, until it is killed."""
+    heartbeats.BEAT_SECONDS = 0.05
+    heart = Heart(Store(root), "sweep digits")
+    with heart.beating(["sweep"], lambda other: None):
+        for task in TASKS:
+            heart.begin(task)
+        heart.end("original", key(TASKS[0].spec), TASKS[0].label)
+        time.sleep(0.3)
+        ready.set()
+        time.sleep(60)
+
+
+def killed(store: Store) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    driver = context.Process(target=work, args=(store.root, ready))
+    driver.start()
+    assert ready.wait(60)
+    (found,) = get_commands(store)
+    assert is_alive(found) is True
+    worker = worker_of(store, "sweep")
+    assert worker is not None
+    assert worker.name == found.name
+    driver.kill()
+    while driver.exitcode is None:  # not reaped by us before it is asked for: a zombie does not live
+        if is_alive(found) is False:
+            break
+    driver.join()
+    assert is_alive(found) is False
+
+
+def test_a_killed_driver_leaves_what_it_was_at_and_the_next_command_says_it_was_interrupted(store: Store) -> None:
+    killed(store)
+    (dead,) = get_commands(store)
+    assert (dead.status, len(dead.at_work)) == ("running", 2), "it could say nothing when it was killed"
+    assert {attempt.status for attempt in dead.at_work.values()} == {"running"}
+    assert worker_of(store, "sweep") is None
+    store.put(TASKS[1].object_name, b"made, and nobody heard of it")
+    met: list[Command] = []
+    with Heart(store, "memorize digits").beating(["other"], met.append):
+        pass
+    assert not met
+    (attempt,) = (tries[0] for tries in results.get_attempts(store).values())
+    assert (attempt.key, attempt.status) == (key(TASKS[2].spec), "interrupted")
+    assert attempt.error == "`sweep digits` ended while a worker was at it"
+    assert attempt.provenance["objects"] == [TASKS[2].object_name]
+    (buried,) = get_commands(store)
+    assert (buried.status, buried.at_work) == ("interrupted", {})
+    bury(store, dead)
+    assert len(results.get_attempts(store)) == 1, "buried twice by two commands, it is one attempt"
+    with Heart(store, "sweep digits").beating(["sweep", "campaign"], met.append):
+        pass
+    assert get_commands(store) == [], "brought to its end by a command on the same sweep"
+
+
+def test_an_interrupt_is_in_the_store_with_what_workers_were_at(store: Store) -> None:
+    heart = Heart(store, "sweep digits")
+    heart.begin(TASKS[0])
+    with pytest.raises(KeyboardInterrupt), heart.beating(["sweep"], lambda other: None):
+        raise KeyboardInterrupt
+    (found,) = get_commands(store)
+    assert found.status == "interrupted"
+    assert [tries[0].status for tries in results.get_attempts(store).values()] == ["interrupted"]
+    assert living(store, [found]) == set()
+
+
+def test_a_signal_is_in_the_store_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 60.0)
+    heart = Heart(store, "sweep digits")
+    with heart.beating(["sweep"], lambda other: None):
+        assert get_commands(store)[0].status == "running"
+        heart.stop()
+        deadline = time.monotonic() + 5
+        while get_commands(store)[0].status == "running":
+            assert time.monotonic() < deadline
+
+
+def test_of_another_machine_the_beat_tells_and_no_clock(store: Store) -> None:
+    """Both were written at the same moment by a clock that is years off; one of them beats."""
+    still, beating = command("1-a", created=9e9), command("2-b", created=9e9, process="")
+    put(store, still, beating)
+    assert is_alive(still) is None
+    met: list[str] = []
+    heart = Heart(store, "sweep digits")
+    with heart.beating(["sweep"], lambda other: met.append(other.name)):
+        for beat in range(1, 16):
+            put(store, replace(beating, beat=beat))
+            time.sleep(0.06)
+        assert met == ["2-b"]
+        assert {c.name: c.status for c in get_commands(store)}["1-a"] == "interrupted"
+        assert {c.name: c.status for c in get_commands(store)}["2-b"] == "running"
+
+
+def test_a_reused_process_number_is_not_the_driver() -> None:
+    machine, _, process = this_process().rpartition(" ")
+    number = process.partition("@")[0]
+    assert number == str(os.getpid())
+    assert is_alive(command(process=this_process())) is True
+    assert is_alive(command(process=f"{machine} {number}@1")) is False
+
+
+def test_commands_that_live_are_met_and_work_goes_on_where_the_store_takes_no_beat(store: Store) -> None:
+    put(store, command(process=this_process()))
+    met: list[str] = []
+    with Heart(store, "sweep digits").beating(["sweep"], lambda other: met.append(other.name)):
+        assert met == ["1-a"]
+    gone = Store("s3://nowhere-at-all/x", "http://127.0.0.1:9")
+    with Heart(gone, "sweep digits").beating(["sweep"], lambda other: None):
+        pass
+
+
+def test_a_beat_costs_one_small_object(store: Store) -> None:
+    heart = Heart(store, "sweep digits")
+    with heart.beating(["sweep"], lambda other: None):
+        for _ in range(500):
+            for task in TASKS:
+                heart.begin(task)
+                heart.end("original", key(task.spec), task.label)
+        assert store.names("") == [name for name in store.names("") if name.startswith("commands/")]
+        assert len(store.names("commands")) == 1
+    assert store.names("") == []
