@@ -276,7 +276,10 @@ def _experiment(uri: str, store: Store) -> tuple[MlflowClient, str]:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    artifacts = f"file://{store.path('mlflow-artifacts')}" if uri.startswith("sqlite:") and store.is_local else None
+    artifacts = None  # a server knows its own place; MLflow's own for SQLite is the working directory
+    if uri.startswith("sqlite:///"):
+        beside = Path(store.root) if store.is_local else Path(uri.removeprefix("sqlite:///")).absolute().parent
+        artifacts = (beside / "mlflow-artifacts").as_uri()
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:

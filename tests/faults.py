@@ -24,7 +24,8 @@ from orchestrator.pool import prepare_ray
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes
 
-Trouble = Literal["slow down", "no reason", "cut"]
+Trouble = Literal["slow down", "no reason", "cut", "slow"]
+_SLOW_SECONDS = 1.0  # before a line that is slow passes anything on
 
 _BODY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 
@@ -68,7 +69,7 @@ class Line:
         self._until = 0.0
         self._open: set[socket.socket] = set()
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.refused = 0
+        self.refused = self.delayed = 0
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -78,8 +79,12 @@ class Line:
         self._listener.close()
         self._hang_up()
 
+    @property
+    def is_well(self) -> bool:
+        return time.monotonic() >= self._until
+
     def trouble(self, kind: Trouble, seconds: float) -> None:
-        """From now on, and for so long: 503 SlowDown, 503 without a word, or a line that goes dead at once."""
+        """From now on, and for so long: 503 SlowDown, 503 without a word, a line that goes dead, answers that tarry."""
         self._trouble, self._until = kind, time.monotonic() + seconds
         self._hang_up()
 
@@ -95,7 +100,7 @@ class Line:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        if time.monotonic() < self._until:
+        if time.monotonic() < self._until and self._trouble != "slow":
             self.refused += 1
             with client, suppress(OSError):
                 self._refuse(client)
@@ -124,6 +129,9 @@ class Line:
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(65536):
+                if self._trouble == "slow" and time.monotonic() < self._until:
+                    self.delayed += 1
+                    time.sleep(_SLOW_SECONDS)
                 sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):
@@ -156,6 +164,12 @@ class Nodes:
         node = self._cluster.add_node(num_cpus=cores, object_store_memory=_OBJECT_STORE_BYTES)
         self.workers.append(node)
         return node
+
+    def lost(self) -> list[Any]:
+        """The nodes whose processes have ended by themselves: on a busy machine Ray takes one for dead that is slow."""
+        return [
+            node for node in self.workers if any(i.process.poll() is not None for i in node.all_processes["raylet"])
+        ]
 
     def remove(self, node: Any) -> None:
         """Kill a node's processes, its workers among them."""
