@@ -170,6 +170,6 @@ TABLES: Mapping[str, pa.Schema] = {
 """The exported tables: name -> schema. `runs` has one line per run, references and identity included; a run
 that was tried and has no row has the status of its last try. `memorization` and `examples` have one line per scores
 key and example. `members`: a run whose role is `tuning` is one that settings were chosen by, and enters no
-reported number. `selections` has one line per candidate of a cell whose options were chosen; `confirmed_` is the criterion on the runs
-that report the choice.
+reported number. `selections` has one line per candidate of a cell whose options were chosen; `confirmed_` is the
+criterion on the runs that report the choice.
 `influence` has one line per estimate of influence, `influence_pairs` one per pair of examples that it found."""

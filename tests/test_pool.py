@@ -15,8 +15,8 @@ import pytest
 from orchestrator.pipeline import BrokenWorkerError
 from orchestrator.pool import Cluster, Pool, WorkerDeathError, fitting, ray_cluster, ray_map
 from orchestrator.registry import InputError
-from tests.commands import ROOT
 from orchestrator.sweep import run_trials
+from tests.commands import ROOT
 
 
 @pytest.fixture(scope="module")
