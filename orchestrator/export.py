@@ -271,7 +271,7 @@ def comparison_lines(
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.comparable_with].append(row)
-    for group in groups.values():
+    for group in _drawn_alike(groups.values(), outputs):
         references = [row.key for row in group if row.is_reference]
         for row in group:
             others = [name for name in references if name != row.key]
@@ -279,6 +279,22 @@ def comparison_lines(
                 yield from _compare(row.key, reference, outputs, metrics)
             if others:
                 yield from _compare_with_all(row.key, others, outputs)
+
+
+def _drawn_alike(groups: Iterable[list[Row]], outputs: _LazyOutputs) -> Iterator[list[Row]]:
+    """The groups, apart where their forget sets are not one: a rule's new version draws others.
+
+    Rows say which version drew theirs; where one is from before they did, the labels of the examples tell.
+    """
+    for group in groups:
+        if all(results.COMPARABLE in row.provenance for row in group):
+            yield group
+            continue
+        drawn: defaultdict[bytes, list[Row]] = defaultdict(list)
+        for row in group:
+            forget = outputs[row.key]["forget"]
+            drawn[forget.labels.tobytes() + forget.true_labels.tobytes()].append(row)
+        yield from drawn.values()
 
 
 def _compare(

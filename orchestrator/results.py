@@ -26,6 +26,13 @@ from orchestrator.sealed import seal, unseal
 from orchestrator.specs import ForgetSpec, Setting, key
 from orchestrator.store import Store
 
+COMPARABLE = "comparable"  # the entry of a row's provenance that says what it may be compared with
+
+
+def comparable(setting: Setting, forget: ForgetSpec) -> str:
+    """What runs have in common that may be compared, by key."""
+    return canonical_json([key(setting), key(forget)])
+
 
 @dataclass(frozen=True)
 class Row:
@@ -53,12 +60,14 @@ class Row:
     def comparable_with(self) -> str:
         """Rows with the same text may be compared: equal data, model, training recipe and forget set.
 
-        By key, so that a row from before a field was added agrees with one that has it at its default; as stored,
-        where a plugin that is not loaded is part of it.
+        As the row itself says, with the versions of the functions that made it. One from before rows said so goes by
+        the keys that its spec has now, or, where a plugin that is not loaded is part of it, by its spec as stored.
         """
+        if (said := self.provenance.get(COMPARABLE)) is not None:
+            return str(said)
         parts = self.spec["setting"], self.spec["forget"]
         try:
-            return canonical_json([key(Setting(**parts[0])), key(ForgetSpec(**parts[1]))])
+            return comparable(Setting(**parts[0]), ForgetSpec(**parts[1]))
         except (InputError, ValidationError):
             return canonical_json(parts)
 

@@ -21,5 +21,5 @@ def make_row(name: str, spec: RunSpec, finished: Finished, provenance: Mapping[s
         series=finished.series,
         measurements=finished.measurements,
         layers=finished.layers,
-        provenance=provenance,
+        provenance={**provenance, results.COMPARABLE: results.comparable(spec.setting, spec.forget)},
     )

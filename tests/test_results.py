@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from dataclasses import asdict, replace
@@ -10,6 +11,8 @@ import pytest
 import safetensors.numpy
 
 from orchestrator.data import SplitOutputs
+from orchestrator.export import export
+from orchestrator.metrics import ALL
 from orchestrator.pipeline import half
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
@@ -36,6 +39,7 @@ from orchestrator.results import (
     unpack_some,
 )
 from orchestrator.schemas import TABLES
+from orchestrator.specs import RunSpec
 from orchestrator.store import Store
 
 ROW = Row(
@@ -311,3 +315,49 @@ def test_flipped_bytes_are_noticed_and_objects_without_checksums_are_read(store:
     assert "a" not in unpack_some(store, "x", lambda name: name == "b")[0], "what is not asked for is not read"
     store.put("old", safetensors.numpy.save({"a": arrays["a"]}))
     assert np.array_equal(unpack(store, "old")["a"], arrays["a"])
+
+
+# ---- what is compared ----------------------------------------------------------------------------------------------
+
+
+def put_run(store: Store, run: RunSpec, drawn: int, *, said: str | None) -> str:
+    """A finished run whose forget set is the one drawn so, and that says what it may be compared with, or does not."""
+    rng = np.random.default_rng(drawn)
+    outputs = {}
+    for split in ("forget", "retain", "validation", "test"):
+        labels = rng.integers(0, 10, 40)
+        outputs[split] = SplitOutputs(half(rng.normal(size=(40, 10))), labels, labels)
+    name = hashlib.sha256(f"{run}{drawn}{said}".encode()).hexdigest()[:32]
+    put_outputs(store, name, outputs)
+    facts = {
+        "data": "digits",
+        "model": "small_cnn",
+        "seconds": 1.0,
+        "numerics": "cpu",
+        "finished_at": 0.0,
+        "git_commit": None,
+    }
+    provenance = facts | ({} if said is None else {"comparable": said})
+    put_row(store, Row(name, run.model_dump(mode="json"), {}, {}, {}, {}, (), provenance))
+    return name
+
+
+@pytest.mark.parametrize("said", [None, ("old", "new")])
+def test_runs_whose_forget_sets_were_drawn_by_another_version_of_the_rule_are_not_compared(
+    store: Store, said: tuple[str, str] | None
+) -> None:
+    """Their specs are equal: a version is not part of what a spec says, only of its key."""
+    study = RECIPES["digits"].function()
+    references, (_, run) = study.reference_runs("f" * 64), study.runs("f" * 64)[0]
+    forget = [reference.forget for reference in references]
+    assert forget[0] == run.forget == forget[1]
+    names = [
+        [put_run(store, spec, drawn, said=said and said[drawn]) for spec in (references[0], references[1], run)]
+        for drawn in (0, 1)
+    ]
+    export(store)
+    pairs = get_table(store, "exports/comparisons.parquet").select(["key", "reference_key"]).to_pylist()
+    found = {(pair["key"], pair["reference_key"]) for pair in pairs}
+    assert {pair for pair in found if pair[1] != ALL} == {
+        (name, other) for group in names for name in group for other in group[:2] if other != name
+    }
