@@ -22,6 +22,7 @@ check: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m tests.benchmarks.trials
+	$(BIN)/python -m tests.benchmarks.rows
 	$(BIN)/python -m tests.benchmarks.models
 	$(BIN)/python -m tests.benchmarks.scaling
 	$(BIN)/python -m tests.benchmarks.arithmetic

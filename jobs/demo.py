@@ -10,6 +10,7 @@ from jobs.progress import console
 from jobs.report import show, write
 from jobs.session import Options, open_session
 from jobs.sweep import sweep
+from orchestrator.contact import redacted
 
 
 def run(options: Options) -> None:
@@ -37,7 +38,7 @@ def run(options: Options) -> None:
     console.print("next:", highlight=False)
     if done.uri is not None:
         console.print(
-            f"  mlflow ui --backend-store-uri {done.uri}" if "sqlite" in done.uri else f"  open {done.uri}",
+            f"  mlflow ui --backend-store-uri {done.uri}" if "sqlite" in done.uri else f"  open {redacted(done.uri)}",
             highlight=False,
         )
     console.print(f"  unlearn report --storage {store.root} --sweep {key[:8]} --out report.html", highlight=False)

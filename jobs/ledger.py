@@ -15,12 +15,13 @@ from dataclasses import replace
 from functools import partial
 
 from jobs.progress import console
-from jobs.session import Session
+from jobs.session import Session, ray_job
 from orchestrator import campaigns, costs, results, tracking
 from orchestrator.campaigns import ScoresSummary, Tally
 from orchestrator.costs import Outcome, Point, Stretch
 from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE
+from orchestrator.outbox import LAST_SECONDS, STOPPED_SECONDS, Outbox
 from orchestrator.pool import Cluster
 from orchestrator.specs import CampaignSpec, key
 from orchestrator.store import StorageError, Store
@@ -45,6 +46,8 @@ def stretch_of(
         devices_per_worker=gpus if gpus > 0 else 1.0,
         created=now,
         cached=cached,
+        git_commit=session.context.git_commit,
+        ray_job=ray_job(),
     )
 
 
@@ -88,7 +91,7 @@ class Ledger:
         self.most = self.fewest if most is None else most
         self.outcomes: list[Outcome] = []
         self._earlier: list[Stretch] = []
-        self._writer: tracking.Writer | None = None
+        self._writer: Outbox | None = None
         self._tracker: tracking.CampaignTracker | None = None
         self._told, self._saved = 0, -math.inf
         self._opening: Future[None] | None = None
@@ -105,7 +108,7 @@ class Ledger:
         store, options = self.session.store, self.session.options
         self._earlier = costs.get_stretches(store, self.stretch.campaign)
         if uri := tracking.tracking_uri(store, options.tracking_uri):
-            self._tracker = tracking.connect_campaign(uri, store, self.stretch)
+            self._tracker = tracking.connect_campaign(uri, store, self.stretch, live=True)
             import analysis.figures  # noqa: F401  # here, beside the start of the workers; drawing comes at the end
         if not self.tally.blocks:
             self.tally.resume(self.most)
@@ -123,7 +126,7 @@ class Ledger:
         if self._opening is not None:
             self._opening.result()
         if self._tracker is not None:
-            self._writer = tracking.Writer()
+            self._writer = Outbox()
         self.stretch = replace(self.stretch, startup_seconds=startup_seconds)
         status = "interrupted"
         try:
@@ -205,7 +208,8 @@ class Ledger:
         if self._writer is None or self._tracker is None:
             return
         tracker, ended = self._tracker, self.stretch
-        self._writer.end(lambda: tracker.finish(ended, artifacts(self.session.store, ended.scores_key)))
+        seconds = STOPPED_SECONDS if status == "interrupted" else LAST_SECONDS
+        self._writer.end(lambda: tracker.finish(ended, artifacts(self.session.store, ended.scores_key)), seconds)
         if self._writer.missed:
             console.print(
                 f"[yellow]MLflow missed {self._writer.missed} writes[/yellow] ({self._writer.error}); "

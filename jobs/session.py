@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import subprocess
@@ -179,6 +180,15 @@ def git_commit() -> str | None:
         return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def ray_job() -> str | None:
+    """The submission id of the Ray job that this command is; None where it is none."""
+    try:
+        found: str | None = json.loads(os.environ.get(JOB_VARIABLE, "{}"))["metadata"]["job_submission_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found
 
 
 def _git(folder: Path, *words: str) -> str:

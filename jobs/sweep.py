@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -16,15 +16,17 @@ from jobs import searching, tune, work
 from jobs.deadline import OUT_OF_TIME, OutOfTimeError
 from jobs.ledger import Ledger, stretch_of
 from jobs.progress import bars, console
-from jobs.session import Options, Session, open_session
+from jobs.session import Options, Session, open_session, ray_job
+from jobs.tracked import tracked
 from orchestrator import export, results, tracking
+from orchestrator.contact import redacted
 from orchestrator.costs import Outcome
 from orchestrator.experiment import Task, Workspace
 from orchestrator.plan import Plan
 from orchestrator.pool import Cluster
 from orchestrator.progress import Progress
 from orchestrator.results import Member, Sweep
-from orchestrator.specs import key
+from orchestrator.specs import RunSpec, key
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,13 @@ def sweep(session: Session) -> Done:
     asking = searching.Asking(session, sweep, session.plan) if session.study.searched() else None
     members: dict[str, Member] = {}
     cost = work.Cost()
-    with _tracked(session, sweep, uri, cost) as live, ExitStack() as closing:
+    with tracked(session.store, sweep, uri, cost) as live, ExitStack() as closing:
 
         def stored(keys: Iterable[str]) -> None:
             if asking is not None:
                 members.update({member.key: member for member in asking.sweep.members})
             if live is not None:
-                for name in keys:
-                    live.put(results.get_row(session.store, name), members[name].arm, members[name].role)
+                live.put(keys, members)
 
         def put(sweep: Sweep) -> None:
             new = {member.key: member for member in sweep.members if member.key not in members}
@@ -113,7 +114,7 @@ def sweep(session: Session) -> Done:
         num_left = _num_left(session, cost, asking)
         if num_left:
             cost.is_whole = False
-    export.export(session.store)
+        export.ensure(session.store)
     searching.print_stopped(session.plan, cost.stopped)
     if asking is not None:
         asking.print_best()
@@ -123,7 +124,8 @@ def sweep(session: Session) -> Done:
 def _record(session: Session) -> Sweep:
     """What the sweep is, as far as it is known."""
     now = time.time()
-    sweep = session.plan.sweep({"command": " ".join(sys.argv), "host": socket.gethostname(), "created_at": now})
+    facts = {"command": redacted(" ".join(sys.argv)), "host": socket.gethostname(), "created_at": now}
+    sweep = session.plan.sweep(facts | {"git_commit": session.context.git_commit, "ray_job": ray_job()})
     if (before := results.get_sweep(session.store, sweep.key)) is not None:
         sweep = replace(sweep, provenance={**before.provenance, "continued_at": now})
     return sweep
@@ -144,18 +146,17 @@ def _num_left(session: Session, cost: work.Cost, asking: searching.Asking | None
 def _prepared(plan: Plan) -> list[Task]:
     return [
         *plan.rankings(),
-        *_needed(plan, plan.originals()),
+        *_needed(plan, plan.originals),
         *plan.references(),
-        *_needed(plan, plan.localizations()),
+        *_needed(plan, plan.localizations),
     ]
 
 
-def _needed(plan: Plan, tasks: list[Task]) -> list[Task]:
+def _needed(plan: Plan, tasks: Callable[[], list[Task]]) -> list[Task]:
     """The originals or localizations of runs that are missing: a finished run needs none."""
-    names = {task.object_name for task in plan.missing(plan.runs())}
-    missing = [run for _, run in plan.named_runs() if f"rows/{key(run)}.json" in names]
+    missing = [task.spec for task in plan.missing(plan.runs()) if isinstance(task.spec, RunSpec)]
     needed = {key(part) for run in missing for part in (run.original, run.localization) if part is not None}
-    return [task for task in tasks if key(task.spec) in needed]
+    return [task for task in tasks() if key(task.spec) in needed] if needed else []
 
 
 def _compute(
@@ -230,24 +231,3 @@ def _try(
                 watch=None if rule is None else searching.watching(session.store, rule, session.plan, stopped),
             )
     options.deadline.check()
-
-
-@contextmanager
-def _tracked(
-    session: Session, sweep: Sweep, uri: str | None, cost: work.Cost
-) -> Iterator[tracking.LiveTracking | None]:
-    if uri is None:
-        yield None
-        return
-    live = tracking.LiveTracking(tracking.connect(uri, session.store, sweep))
-    status = "KILLED"
-    try:
-        yield live
-        status = "FAILED" if cost.failures else "FINISHED" if cost.is_whole else "KILLED"
-    finally:
-        live.close(status)
-        if live.missed:
-            console.print(
-                f"[yellow]MLflow missed {live.missed} writes[/yellow] ({live.error}); "
-                "`unlearn track` brings it level with the store"
-            )

@@ -119,6 +119,8 @@ class Stretch:
     scores_key: str | None = None
     passes_gate: bool | None = None
     points: tuple[Point, ...] = field(default=())
+    git_commit: str | None = None
+    ray_job: str | None = None  # submission id, where the command was a Ray job
 
     @property
     def span_seconds(self) -> float:

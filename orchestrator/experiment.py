@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -110,7 +111,7 @@ class Task:
             return tuple(map(scores_object, self.spec.each))
         return (self.object_name,)
 
-    @property
+    @cached_property
     def object_name(self) -> str:
         """The stored object that says the task is done; of a task that has one."""
         name = key(self.spec)

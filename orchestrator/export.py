@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections import defaultdict
@@ -27,15 +28,36 @@ from orchestrator.store import Store
 from orchestrator.unlearning import METHODS
 
 
+def ensure(store: Store) -> None:
+    """Export, unless the last export is whole and of what the store holds now."""
+    footers = [results.table_metadata(store, f"exports/{name}.parquet") for name in TABLES]
+    said = {(footer.get("export_id"), footer.get("contents")) for footer in footers}
+    if len(said) > 1 or footers[0].get("contents") != _contents(store):
+        export(store)
+
+
+_FOLDERS = ("rows", "attempts", "scores", "proxies", "influence", exact.TABLES_FOLDER, "costs")
+
+
+def _contents(store: Store) -> str:
+    """A digest of all that an export is made from, by name, size and time of change."""
+    versions = [(name, entry.version) for kind in (METRICS, COMPARISONS) for name, entry in kind.items()]
+    sweeps = [[sweep.key, sweep.caution, *map(vars, sweep.members)] for sweep in results.get_sweeps(store)]
+    # sweeps by what is read of them: their records are put again with each command
+    read = [SCHEMA_VERSION, versions, sweeps, *(store.stamps(folder) for folder in _FOLDERS)]
+    return hashlib.sha256(canonical_json(read).encode()).hexdigest()[:32]
+
+
 def export(store: Store) -> str:
     """Write every table of `TABLES` to `exports/` anew and return the export_id that all their footers carry."""
+    contents = _contents(store)  # before anything is read: what comes meanwhile is not in it
     rows = [results.get_row(store, key) for key in sorted(results.row_keys(store))]
     done = {row.key for row in rows}
     failed = [tries[-1] for name, tries in results.get_attempts(store).items() if name not in done]
     outputs, sweeps = _LazyOutputs(store), results.get_sweeps(store)
     metrics = {row.key: metrics_of(store, row, outputs) for row in rows}
     export_id = secrets.token_hex(8)
-    footer = {"export_id": export_id, "schema_version": SCHEMA_VERSION}
+    footer = {"export_id": export_id, "schema_version": SCHEMA_VERSION, "contents": contents}
     lines: dict[str, Iterable[Mapping[str, Any]]] = {
         "runs": [*map(run_line, rows), *(failed_line(a) for a in failed if a.provenance.get("kind") == "run")],
         "members": member_lines(sweeps),
@@ -234,6 +256,10 @@ class _LazyOutputs:
             self._read[key] = results.get_outputs(self._store, key)
         return self._read[key]
 
+    def forget(self, key: str) -> None:
+        """Drop what was read: all outputs of a store at once may be more than fits into memory."""
+        self._read.pop(key, None)
+
 
 def metrics_of(store: Store, row: Row, outputs: _LazyOutputs) -> dict[str, Mapping[str, float]]:
     """All metrics of a row: as stored, and from the outputs where a metric is new or of another version.
@@ -279,6 +305,10 @@ def comparison_lines(
                 yield from _compare(row.key, reference, outputs, metrics)
             if others:
                 yield from _compare_with_all(row.key, others, outputs)
+            if not row.is_reference:
+                outputs.forget(row.key)
+        for reference in references:
+            outputs.forget(reference)
 
 
 def _drawn_alike(groups: Iterable[list[Row]], outputs: _LazyOutputs) -> Iterator[list[Row]]:

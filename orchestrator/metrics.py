@@ -5,6 +5,7 @@ Each function returns values by split: a split that a run lacks is absent, never
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -151,28 +152,29 @@ def published_svc_probability(outputs: Outputs) -> dict[str, float]:
 
 
 @COMPARISONS
-def accuracy_difference(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+def accuracy_difference(metrics: Values, reference_metrics: Values) -> dict[str, float]:
     """Accuracy of the reference minus the run's: positive on `forget` means that it forgets more."""
-    ours, theirs = accuracy(outputs), accuracy(reference)
+    ours, theirs = metrics["accuracy"], reference_metrics["accuracy"]
     return {split: theirs[split] - value for split, value in ours.items() if split in theirs}
 
 
 @COMPARISONS
-def tug_of_war(outputs: Outputs, reference: Outputs) -> dict[str, float]:
+def tug_of_war(metrics: Values, reference_metrics: Values) -> dict[str, float]:
     """Product over forget, retain and test of 1 - |difference in accuracy|; 1 is best (Zhao et al. 2024)."""
-    gaps = accuracy_difference(outputs, reference)
-    return {"all": float(np.prod([1 - abs(gaps[split]) for split in ("forget", "retain", "test")]))}
+    gaps = accuracy_difference(metrics, reference_metrics)
+    return {"all": math.prod(1 - abs(gaps[split]) for split in ("forget", "retain", "test"))}
 
 
 @COMPARISONS
 def disagreement(outputs: Outputs, reference: Outputs) -> dict[str, float]:
     """Share of examples whose predicted class differs from the reference's."""
-    theirs = with_forget_parts(reference)
-    return {
-        name: float((split.predictions != theirs[name].predictions).mean())
-        for name, split in with_forget_parts(outputs).items()
-        if name in theirs
-    }
+    shared = [name for name in outputs if name in reference]
+    differs = {name: outputs[name].predictions != reference[name].predictions for name in shared}
+    forget = outputs["forget"]
+    flipped = forget.labels != forget.true_labels
+    if flipped.any() and not flipped.all():
+        differs |= {"forget_flipped": differs["forget"][flipped], "forget_unflipped": differs["forget"][~flipped]}
+    return {name: float(np.count_nonzero(each) / len(each)) for name, each in differs.items()}
 
 
 @COMPARISONS
@@ -187,7 +189,7 @@ def tug_of_war_membership(metrics: Values, reference_metrics: Values) -> dict[st
     """Tug-of-war with published SVC efficacy (confidence) in place of forget accuracy (ToW-MIA, Zhao et al. 2024)."""
     measured = (("published_svc_confidence", "forget"), ("accuracy", "retain"), ("accuracy", "test"))
     gaps = [metrics[name][split] - reference_metrics[name][split] for name, split in measured]
-    return {"all": float(np.prod([1 - abs(gap) for gap in gaps]))}
+    return {"all": math.prod(1 - abs(gap) for gap in gaps)}
 
 
 @COMPARISONS

@@ -6,7 +6,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,10 @@ class Plan:
 
     def against(self, store: Store) -> Plan:
         """The same, against what the store holds now."""
-        return replace(self, present=_present(store))
+        plan = replace(self, present=_present(store))
+        drawn = ("_runs", "_run_tasks")  # which the store does not change, and which take seconds where they are many
+        vars(plan).update({name: value for name, value in vars(self).items() if name in drawn})
+        return plan
 
     def ready(self, tasks: Iterable[Task]) -> list[Task]:
         """The tasks whose inputs are there: original, localization, memorization scores, where they need them."""
@@ -148,31 +152,41 @@ class Plan:
 
     def localizations(self) -> list[Task]:
         """The distinct localizations of the runs, each base strategy before those that build on it."""
-        runs = self.study.runs(self.fingerprint) if self.undecided else self.named_runs()
+        runs = self.study.runs(self.fingerprint) if self.undecided else [(arm, run) for arm, _, run in self._runs]
         specs = {key(spec): spec for _, run in runs if (spec := run.localization)}
         return [Task("localization", spec) for spec in sorted(specs.values(), key=lambda s: s.base is not None)]
 
     def runs(self) -> list[Task]:
-        distinct = {key(run): run for _, run in self.named_runs()}
-        return [Task("run", run) for run in distinct.values()]
+        return list(self._run_tasks)
+
+    @cached_property
+    def _run_tasks(self) -> list[Task]:
+        return [Task("run", run) for run in {name: run for _, name, run in self._runs}.values()]
+
+    @cached_property
+    def _runs(self) -> list[tuple[str, str, RunSpec]]:
+        """All runs of the study: arm, key, spec."""
+        return [(arm, key(run), run) for arm, run in self.named_runs()]
 
     def sweep(self, provenance: Mapping[str, Any]) -> Sweep:
         """The sweep's own record: all its runs by key, references included.
 
         A sweep that is tuned is known by all that could come of it, so that its name does not depend on the choice.
         """
-        study, runs = self.study, self.study.runs(self.fingerprint, self.suggestions)
+        study, kept = self.study, {name for _, name, _ in self._runs}
+        every = self._runs
+        if self.keys is not None:
+            every = [(arm, key(run), run) for arm, run in study.runs(self.fingerprint, self.suggestions)]
         references = [Member("reference", key(run)) for run in study.reference_runs(self.fingerprint)]
         # an axis value given twice is one run
-        members = list(dict.fromkeys([*(Member(arm, key(run)) for arm, run in runs), *references]))
+        members = list(dict.fromkeys([*(Member(arm, name) for arm, name, _ in every), *references]))
         tuning = [] if self.tuning is None else self.tuning.members("tuning")
-        by = selections.settled(self.selections or {}, runs)
-        confirmed = {run for names in by.values() for run in names}
-        kept = {key(run) for _, run in self.named_runs()}
+        by = selections.settled(self.selections or {}, [(arm, run) for arm, _, run in every])
+        confirmed, always = {run for names in by.values() for run in names}, set(references)
         roles = [
             replace(member, role="confirmed" if member.key in confirmed else "reported")
             for member in members
-            if member.key in kept or member in references
+            if member.key in kept or member in always
         ]
         return Sweep(
             self._key([*members, *tuning]),
@@ -188,7 +202,7 @@ class Plan:
 
     def members(self, role: Role) -> list[Member]:
         """All runs in a role, references included."""
-        found = [Member(arm, key(run), role) for arm, run in self.named_runs()]
+        found = [Member(arm, name, role) for arm, name, _ in self._runs]
         return list(dict.fromkeys([*found, *(Member("reference", key(task.spec), role) for task in self.references())]))
 
     def _key(self, members: Iterable[Member]) -> str:
@@ -261,7 +275,8 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     for name in {study.scores, *study.scores_used} & set(PROXIES):
         if "validation" in PROXIES[name].inputs and not len(dataset.splits["validation"]):
             raise InputError(f"scores={name} needs a validation split; give the data one (data.num_validation)")
-    finished = [key(task.spec) for task in (*plan.references(), *plan.runs()) if task.object_name in present]
+    rows = [task.object_name for task in (*plan.references(), *plan.runs())]
+    finished = [PurePosixPath(name).stem for name in rows if name in present]
     for name in finished:
         results.get_row(store, name)
     results.check_outputs(store, finished)

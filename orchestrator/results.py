@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -65,11 +65,16 @@ class Row:
         """
         if (said := self.provenance.get(COMPARABLE)) is not None:
             return str(said)
-        parts = self.spec["setting"], self.spec["forget"]
-        try:
-            return comparable(Setting(**parts[0]), ForgetSpec(**parts[1]))
-        except (InputError, ValidationError):
-            return canonical_json(parts)
+        return _comparable(canonical_json([self.spec["setting"], self.spec["forget"]]))
+
+
+@lru_cache(1024)
+def _comparable(text: str) -> str:
+    setting, forget = json.loads(text)
+    try:
+        return comparable(Setting(**setting), ForgetSpec(**forget))
+    except (InputError, ValidationError):
+        return text
 
 
 @dataclass(frozen=True)
@@ -384,6 +389,18 @@ def put_table(store: Store, name: str, table: pa.Table, metadata: Mapping[str, s
     sink = pa.BufferOutputStream()
     pq.write_table(table.replace_schema_metadata(dict(metadata) if metadata else None), sink, compression="zstd")
     store.put(name, sink.getvalue().to_pybytes())
+
+
+def table_metadata(store: Store, name: str) -> dict[str, str]:
+    """What the footer of a stored Parquet table says beside its columns; nothing where there is none to be read."""
+    import pyarrow.parquet as pq
+
+    try:
+        with store.filesystem.open_input_file(store.path(name)) as file, pq.ParquetFile(file) as table:
+            found = table.schema_arrow.metadata or {}
+    except (OSError, pa.ArrowException):
+        return {}
+    return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
 
 
 def get_table(store: Store, name: str) -> pa.Table:

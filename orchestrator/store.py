@@ -170,6 +170,13 @@ class Store:
         infos = self._patiently(lambda: self.filesystem.get_file_info(below))
         return sorted(info.path[len(base) + 1 :] for info in infos if info.type == fs.FileType.File)
 
+    def stamps(self, folder: str) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of change (ns since 1970) of all objects below a folder, sorted."""
+        base = self.path(folder).rstrip("/")
+        below = fs.FileSelector(base, recursive=True, allow_not_found=True)
+        infos = self._patiently(lambda: self.filesystem.get_file_info(below))
+        return sorted((i.path[len(base) + 1 :], i.size, i.mtime_ns or 0) for i in infos if i.type == fs.FileType.File)
+
     def delete(self, name: str) -> None:
         """Remove an object; nothing happens where there is none."""
         with contextlib.suppress(FileNotFoundError):

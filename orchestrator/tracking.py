@@ -2,126 +2,201 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import queue
+import hashlib
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import logged
+from orchestrator.contact import EXPERIMENT, answering, attempted, open_experiment, tracking_uri
 from orchestrator.costs import Point, Stretch
-from orchestrator.registry import InputError, canonical_json
+from orchestrator.drivers import Driver, this_driver
+from orchestrator.registry import canonical_json
 from orchestrator.results import Role, Row, Sweep
 from orchestrator.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "unlearn"
+__all__ = [
+    "EXPERIMENT",
+    "CampaignTracker",
+    "Tracker",
+    "connect",
+    "connect_campaign",
+    "replay",
+    "replay_campaign",
+    "tracking_uri",
+]
+
 SWEEP_TAG, KEY_TAG, KIND_TAG = "unlearn.sweep", "unlearn.key", "unlearn.kind"
 ROLE_TAG = "unlearn.role"  # of a sweep's runs: reported, confirmed, or tuning, which settings were chosen by
 CAMPAIGN_TAG, SCORES_TAG, GATE_TAG = "unlearn.campaign", "unlearn.scores", "unlearn.gate"
-_LAST_SECONDS = 60.0  # for what is queued when a command ends
-_QUEUE_SIZE = 10_000
-
-_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",  # the defaults keep a caller for minutes when the server is gone
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
-
-
-def tracking_uri(store: Store, given: str | None) -> str | None:
-    """Where to track: what is given, else MLFLOW_TRACKING_URI, else SQLite beside a local store; None for nowhere."""
-    if given == "none":
-        return None
-    uri = given or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        return uri
-    return f"sqlite:///{store.path('mlflow.db')}" if store.is_local else None
+LEVEL_TAG = "unlearn.level"  # of a parent: what its children and files were level with
+DRIVER_TAG = "unlearn.driver"  # of a run that is being written: by whom
+JOB_TAG = "unlearn.ray_job"  # the submission id of the Ray job that the command was
+_PARENT = "mlflow.parentRunId"
 
 
 @dataclass
 class Tracker:
-    """Writes one sweep's rows to MLflow, each at most once: a run is known by (sweep key, run key)."""
+    """Writes one sweep's rows to MLflow, each at most once: a run is known by (sweep key, run key).
+
+    A row costs three requests: its run made, one log_batch of all parameters, metrics and series, and its end. The
+    dataset is an input of the parent, and of a row the parameters `data` and `fingerprint`; specs are a file there.
+    """
 
     client: MlflowClient
     experiment_id: str
     sweep: Sweep
-    _runs: dict[str, str] = field(default_factory=dict)  # run key -> MLflow run id
+    driver: Driver | None = None  # who is writing
+    written: int = 0
+    _level: str = ""
     _parent: str = ""
+    _runs: dict[str, Any] | None = None  # run key -> a run that is not finished
+    _finished: set[str] = field(default_factory=set)
+    _unsure: set[str] = field(default_factory=set)  # runs that may have been made although the answer was lost
+    _has_dataset: bool = False
+    _ended: int | None = None  # the last row, where all is written later; None: now
 
-    def start(self) -> None:
-        """Find what an earlier command wrote for this sweep, and the parent, or make it."""
-        finished = set()
-        for run in _search(self.client, self.experiment_id, f"tags.`{SWEEP_TAG}` = '{self.sweep.key}'"):
-            if run.data.tags.get(KIND_TAG) == "sweep":
-                self._parent = run.info.run_id
-            elif run.info.status == "FINISHED":
-                finished.add(run.data.tags[KEY_TAG])
-                self._runs[run.data.tags[KEY_TAG]] = run.info.run_id
-            else:  # left half-written by a driver that died: written again, under the same id
-                self._runs.setdefault(run.data.tags[KEY_TAG], run.info.run_id)
-        self._finished = finished
-        if not self._parent:
-            tags = {
-                SWEEP_TAG: self.sweep.key,
-                KIND_TAG: "sweep",
-                "unlearn.recipe": self.sweep.recipe,
-                "mlflow.runName": f"{self.sweep.recipe} {self.sweep.key[:8]}",
-                "mlflow.note.content": f"{len(self.sweep.members)} runs of the recipe {self.sweep.recipe}",
-            }
-            self._parent = self.client.create_run(self.experiment_id, tags=tags).info.run_id
-            self.client.log_dict(self._parent, dict(self.sweep.study), "study.json")
-        else:
+    def start(self, driver: Driver | None) -> None:
+        """Find the parent, or make it; with a driver it is running, and says whose. The others ask for its driver."""
+        parents = list(_search(self, f"tags.`{KIND_TAG}` = 'sweep'"))
+        if not parents:
+            parents = [self.client.create_run(self.experiment_id, self._began, tags=self._parent_tags())]
+        first, *spare = sorted(parents, key=lambda run: (run.info.start_time, run.info.run_id))
+        self._parent, self._level = first.info.run_id, first.data.tags.get(LEVEL_TAG, "")
+        self.driver = Driver.read(first.data.tags.get(DRIVER_TAG, "")) if first.info.status == "RUNNING" else None
+        for run in spare:  # of two commands that began in the same moment
+            self._adopt(run.info.run_id)
+        self._status, self._is_live = first.info.status, driver is not None
+        if driver is not None:
+            self.client.set_tag(self._parent, DRIVER_TAG, driver.text)
             self.client.update_run(self._parent, status="RUNNING")
+            self._status, self.driver = "RUNNING", driver
+        self.client.log_dict(self._parent, dict(self.sweep.study), "study.json")
+
+    @property
+    def _began(self) -> int:
+        return int(self.sweep.provenance.get("created_at", time.time()) * 1000)
+
+    def _parent_tags(self) -> dict[str, str]:
+        said, recipe = self.sweep.provenance, self.sweep.recipe
+        tags = {
+            SWEEP_TAG: self.sweep.key,
+            KIND_TAG: "sweep",
+            "unlearn.recipe": recipe,
+            "mlflow.runName": f"{recipe} {self.sweep.key[:8]}",
+            "mlflow.note.content": f"{len(self.sweep.members)} runs of the recipe {recipe}",
+            **logged.commit_tags(said.get("git_commit")),
+            **({JOB_TAG: said["ray_job"]} if said.get("ray_job") else {}),
+        }
+        return {name: logged.cut(value, logged.MAX_TAG) for name, value in tags.items()}
+
+    def _adopt(self, parent: str) -> None:
+        """Give the children of a spare parent to the one that stays."""
+        for run in _search(self, f"tags.`{_PARENT}` = '{parent}'"):
+            self.client.set_tag(run.info.run_id, _PARENT, self._parent)
+        self.client.delete_run(parent)
+
+    def is_level(self, keys: Iterable[str]) -> bool:
+        """Whether an earlier command left the parent level with these rows: cheaper than to look at every run."""
+        return self._level == _digest(keys)
+
+    def find(self) -> None:
+        """Look at what is there of the sweep's rows; of a row that is there twice, the spare run is deleted."""
+        self._runs, self._finished = {}, set()
+        spare = []
+        for run in _search(self, f"tags.`{KIND_TAG}` = 'run'"):
+            key = run.data.tags[KEY_TAG]
+            if key in self._finished or (key in self._runs and run.info.status != "FINISHED"):
+                spare.append(run)
+            elif run.info.status == "FINISHED":
+                self._finished.add(key)
+                spare += [self._runs.pop(key)] if key in self._runs else []
+            else:  # left half-written by a driver that died: written again, under the same id
+                self._runs[key] = run
+        for run in spare:
+            self.client.delete_run(run.info.run_id)
+
+    def lacks(self, key: str) -> bool:
+        """Whether a row is not there, or not whole."""
+        if self._runs is None:
+            self.find()
+        return key not in self._finished
 
     def write(self, row: Row, arm: str, role: Role = "reported") -> bool:
-        """Write a row as a child run; False where it is there already."""
+        """Write a row as a child run; False where it is there already. Raises RefusedError where it never will be."""
         from mlflow.entities import Metric, Param
 
-        if row.key in self._finished:
-            return False
         stamp = int(row.provenance["finished_at"] * 1000)  # fixed, so that writing again adds no point
-        run_id = self._runs.get(row.key) or self._create(row, arm, role, stamp)
-        metrics = [Metric(name, value, stamp, 0) for name, value in flat_metrics(row).items()]
-        metrics += [
-            Metric(f"epoch/{name}", value, stamp, epoch)
-            for name, values in row.series.items()
-            for epoch, value in enumerate(values, 1)
-        ]
-        params = [Param(name, str(value)) for name, value in flat_params(row, arm).items()]
-        self.client.log_batch(run_id, metrics=metrics, params=params)
-        self.client.set_terminated(run_id, "FINISHED", end_time=stamp)
+        typed = logged.typed_params(row, arm)
+        with attempted():
+            if not self.lacks(row.key):
+                return False
+            self._add_dataset(row)
+            run = self._run(row, arm, role, stamp)
+            texts = {name: text for name, text in logged.params(typed).items() if name not in run.data.params}
+            metrics = [Metric(name, value, stamp, 0) for name, value in logged.numbers(row, typed).items()]
+            room = logged.MAX_ENTITIES - len(metrics) - len(texts)
+            metrics += [Metric(name, value, stamp, epoch) for name, epoch, value in logged.points(row, room)]
+            params = [Param(name, text) for name, text in texts.items()]
+            self.client.log_batch(run.info.run_id, metrics=metrics, params=params)
+            self.client.set_terminated(run.info.run_id, "FINISHED", end_time=stamp)
         self._finished.add(row.key)
+        self._ended = None if self._is_live else max(stamp, self._ended or 0)
+        self.written += 1
         return True
 
-    def _create(self, row: Row, arm: str, role: Role, stamp: int) -> str:
+    def _run(self, row: Row, arm: str, role: Role, stamp: int) -> Any:
+        """The run of a row: the one that is there, or a new one."""
+        assert self._runs is not None
+        if row.key in self._unsure:
+            for found in _search(self, f"tags.`{KEY_TAG}` = '{row.key}'"):
+                self._runs[row.key] = found
+        if row.key not in self._runs:
+            self._unsure.add(row.key)
+            began = stamp - int(row.provenance["seconds"] * 1000)
+            self._runs[row.key] = self.client.create_run(self.experiment_id, began, tags=self._tags(row, arm, role))
+        self._unsure.discard(row.key)
+        return self._runs[row.key]
+
+    def _tags(self, row: Row, arm: str, role: Role) -> dict[str, str]:
         tags = {
             SWEEP_TAG: self.sweep.key,
             KEY_TAG: row.key,
             KIND_TAG: "run",
             ROLE_TAG: role,
-            "mlflow.parentRunId": self._parent,
+            _PARENT: self._parent,
             "mlflow.runName": f"{arm} {row.spec['forget']['rule']['name']} {row.key[:8]}",
+            "unlearn.host": str(row.provenance.get("host", "")),
+            **logged.commit_tags(row.provenance.get("git_commit")),
         }
-        if row.provenance.get("git_commit"):
-            tags["mlflow.source.git.commit"] = str(row.provenance["git_commit"])
-        begin = stamp - int(row.provenance["seconds"] * 1000)
-        run_id: str = self.client.create_run(self.experiment_id, start_time=begin, tags=tags).info.run_id
-        self._runs[row.key] = run_id
-        return run_id
+        return {name: logged.cut(value, logged.MAX_TAG) for name, value in tags.items() if value}
 
-    def finish(self, status: str, artifacts: Iterable[str] = ()) -> None:
-        """End the parent run as FINISHED, FAILED or KILLED, with files attached to it."""
-        for path in artifacts:
-            self.client.log_artifact(self._parent, path)
-        self.client.set_terminated(self._parent, status)
+    def _add_dataset(self, row: Row) -> None:
+        if not self._has_dataset:
+            source = canonical_json(self.sweep.study.get("data", {}))
+            _add_dataset(self.client, self._parent, row.provenance["data"], row.spec["setting"]["data"], source)
+            self._has_dataset = True
+
+    def attach(self, files: Mapping[str, bytes]) -> None:
+        """Put files at the parent, by name; one of that name that is there is replaced."""
+        with attempted():
+            _attach(self.client, self._parent, files)
+
+    def finish(self, status: str, level: Iterable[str] | None = None) -> None:
+        """End the parent as FINISHED, FAILED or KILLED, unless it is; with rows that it is level with, it says so."""
+        with attempted():
+            if level is not None and not self.is_level(level := list(level)):
+                self.client.set_tag(self._parent, LEVEL_TAG, _digest(level))
+            if self.driver is not None:
+                self.client.delete_tag(self._parent, DRIVER_TAG)
+            if self._status != status:
+                self.client.set_terminated(self._parent, status, end_time=self._ended)
 
 
 @dataclass
@@ -131,32 +206,43 @@ class CampaignTracker:
     client: MlflowClient
     experiment_id: str
     stretch: Stretch
+    driver: Driver | None = None  # who is writing
     _run: str = ""
 
-    def start(self) -> None:
-        """Find the campaign's run, or make it."""
+    def start(self, driver: Driver | None) -> None:
+        """Find the campaign's run, or make it; with a driver it is running, and says whose."""
         from mlflow.entities import Param
 
         campaign = self.stretch.campaign
-        found = next(_search(self.client, self.experiment_id, f"tags.`{CAMPAIGN_TAG}` = '{campaign}'"), None)
-        if found is None:
-            recipe = self.stretch.recipe
-            tags = {
-                CAMPAIGN_TAG: str(campaign),
-                KIND_TAG: "campaign",
-                "unlearn.recipe": recipe,
-                "mlflow.runName": f"{recipe} campaign {str(campaign)[:8]}",
-                "mlflow.note.content": "Subset models of one memorization estimate; a step is the number of models.",
-            }
+        runs = list(_search(self, f"tags.`{CAMPAIGN_TAG}` = '{campaign}'"))
+        if not runs:
             begin = int(self.stretch.created * 1000)
-            found = self.client.create_run(self.experiment_id, start_time=begin, tags=tags)
-        else:
-            self.client.update_run(found.info.run_id, status="RUNNING")
-        self._run = found.info.run_id
-        known = found.data.params
-        params = [Param(n, str(v)) for n, v in campaign_params(self.stretch).items() if n not in known]
-        if params:
+            runs = [self.client.create_run(self.experiment_id, start_time=begin, tags=self._tags())]
+        run, *spare = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+        for other in spare:  # of two commands that began in the same moment; its points are in the store
+            self.client.delete_run(other.info.run_id)
+        self._run = run.info.run_id
+        self.driver = Driver.read(run.data.tags.get(DRIVER_TAG, "")) if run.info.status == "RUNNING" else None
+        if driver is not None:
+            self.client.set_tag(self._run, DRIVER_TAG, driver.text)
+            self.client.update_run(self._run, status="RUNNING")
+            self.driver = driver
+        known, typed = run.data.params, logged.campaign_params(self.stretch)
+        if params := [Param(name, text) for name, text in typed.items() if name not in known]:
             self.client.log_batch(self._run, params=params)
+            _add_dataset(self.client, self._run, self.stretch.data, typed["fingerprint"], self.stretch.data)
+
+    def _tags(self) -> dict[str, str]:
+        recipe, campaign = self.stretch.recipe, str(self.stretch.campaign)
+        return {
+            CAMPAIGN_TAG: campaign,
+            KIND_TAG: "campaign",
+            "unlearn.recipe": recipe,
+            "mlflow.runName": f"{recipe} campaign {campaign[:8]}",
+            "mlflow.note.content": "Subset models of one memorization estimate; a step is the number of models.",
+            **logged.commit_tags(self.stretch.git_commit),
+            **({JOB_TAG: self.stretch.ray_job} if self.stretch.ray_job else {}),
+        }
 
     def write(self, points: Sequence[Point]) -> None:
         """Write points; MLflow keeps one that it has already as it is, since moment, step and value are the same."""
@@ -165,9 +251,10 @@ class CampaignTracker:
         metrics = [
             Metric(name, value, int(point.time * 1000), point.models)
             for point in points
-            for name, value in point.values.items()
+            for name, value in logged.by_legal_name(point.values.items()).items()
         ]
-        self.client.log_batch(self._run, metrics=metrics)
+        with attempted():
+            self.client.log_batch(self._run, metrics=metrics)
 
     def num_points(self) -> int:
         """How many points MLflow holds."""
@@ -175,212 +262,59 @@ class CampaignTracker:
 
     def finish(self, stretch: Stretch, artifacts: Mapping[str, bytes]) -> None:
         """Say what the campaign came to and end the run, with files of these names attached to it."""
-        if stretch.scores_key is not None:
-            self.client.set_tag(self._run, SCORES_TAG, stretch.scores_key)
-            self.client.set_tag(self._run, GATE_TAG, "passed" if stretch.passes_gate else "failed")
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in artifacts.items():
-                (Path(folder) / name).write_bytes(content)
-                self.client.log_artifact(self._run, str(Path(folder) / name))
-        status = {"finished": "FINISHED", "failed": "FAILED"}.get(stretch.status, "KILLED")
-        self.client.set_terminated(self._run, status, end_time=int(stretch.ended * 1000))
+        with attempted():
+            if stretch.scores_key is not None:
+                self.client.set_tag(self._run, SCORES_TAG, stretch.scores_key)
+                self.client.set_tag(self._run, GATE_TAG, "passed" if stretch.passes_gate else "failed")
+            _attach(self.client, self._run, artifacts)
+            if self.driver is not None:
+                self.client.delete_tag(self._run, DRIVER_TAG)
+            status = {"finished": "FINISHED", "failed": "FAILED"}.get(stretch.status, "KILLED")
+            self.client.set_terminated(self._run, status, end_time=int(stretch.ended * 1000))
 
 
 POINT_METRIC = "device_hours"  # every point of a campaign has it
 
 
-def campaign_params(stretch: Stretch) -> dict[str, object]:
-    """A campaign's parameters by MLflow name."""
-    spec = stretch.spec or {}
-    setting = spec["setting"]
-    return {
-        "recipe": stretch.recipe,
-        "data": stretch.data,
-        "fingerprint": setting["data"],
-        "model": setting["model"]["name"],
-        **{f"model.{name}": value for name, value in setting["model"]["options"].items()},
-        **{f"training.{name}": value for name, value in setting["training"].items()},
-        "fraction": spec["fraction"],
-        "seed": spec["seed"],
-    }
-
-
-def flat_params(row: Row, arm: str) -> dict[str, str | int | float | bool]:
-    """A row's parameters by MLflow name; what is absent is left out."""
-    spec, mask = row.spec, row.spec["mask"] or {}
-    params = {
-        "arm": arm,
-        "data": row.provenance["data"],
-        "model": row.provenance["model"],
-        "forget_set": spec["forget"]["rule"]["name"],
-        "forget_draw": spec["forget"]["draw"],
-        "method": spec["method"]["name"],
-        "strategy": mask["strategy"]["name"] if mask else None,
-        "granularity": mask.get("granularity"),
-        "budget": mask.get("budget"),
-        "seed": spec["seed"],
-        "original_seed": spec["original_seed"],
-        "numerics": row.provenance["numerics"],
-        **{f"option.{name}": value for name, value in spec["method"]["options"].items()},
-        "training": canonical_json(spec["setting"]["training"]),
-    }
-    return {name: value for name, value in params.items() if value is not None}
-
-
-def flat_metrics(row: Row) -> dict[str, float]:
-    """A row's numbers by MLflow name: metrics by split, measurements, and the parameters that people filter by range
-    (MLflow compares parameters as text)."""
-    numbers = {f"{name}/{split}": value for name, values in row.metrics.items() for split, value in values.items()}
-    numbers |= {f"measured/{name}": value for name, value in row.measurements.items()}
-    numbers["measured/seconds"] = row.provenance["seconds"]
-    axes = {"budget": (row.spec["mask"] or {}).get("budget"), "lr": row.spec["method"]["options"].get("lr")}
-    return numbers | {f"param/{name}": value for name, value in axes.items() if value is not None}
-
-
-_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-
-
-def connect(uri: str, store: Store, sweep: Sweep) -> Tracker:
-    """A tracker for a sweep; raises InputError at once where MLflow does not answer at the URI."""
-    with _answering(uri):
-        tracker = Tracker(*_experiment(uri, store), sweep)
-        tracker.start()
+def connect(uri: str, store: Store, sweep: Sweep, *, live: bool = False) -> Tracker:
+    """A tracker for a sweep, `live` in the command that computes it; raises InputError where MLflow cannot be had."""
+    with answering(uri):
+        tracker = Tracker(*open_experiment(uri, store), sweep)
+        tracker.start(this_driver() if live else None)
     return tracker
 
 
-def connect_campaign(uri: str, store: Store, stretch: Stretch) -> CampaignTracker:
-    """A tracker for the campaign of a stretch of work; raises InputError at once where MLflow does not answer."""
-    with _answering(uri):
-        tracker = CampaignTracker(*_experiment(uri, store), stretch)
-        tracker.start()
+def connect_campaign(uri: str, store: Store, stretch: Stretch, *, live: bool = False) -> CampaignTracker:
+    """A tracker for the campaign of a stretch of work; raises InputError where MLflow cannot be had."""
+    with answering(uri):
+        tracker = CampaignTracker(*open_experiment(uri, store), stretch)
+        tracker.start(this_driver() if live else None)
     return tracker
+
+
+def end_abandoned(uri: str, store: Store) -> int:
+    """End as KILLED what commands of this host that are gone had left running, known to the store or not; how many."""
+    with answering(uri):
+        client, experiment = open_experiment(uri, store)
+        found = client.search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{DRIVER_TAG}` LIKE '%'")
+        drivers = {run.info.run_id: Driver.read(run.data.tags[DRIVER_TAG]) for run in found}
+        dead = [run for run, driver in drivers.items() if driver is not None and driver.is_dead]
+        for run in dead:
+            client.delete_tag(run, DRIVER_TAG)
+            client.set_terminated(run, "KILLED")
+    return len(dead)
 
 
 def probe(uri: str, store: Store) -> None:
     """Write a run with an artifact, and delete it; raises InputError where MLflow takes either not."""
-    with _answering(uri):
-        client, experiment = _experiment(uri, store)
+    with answering(uri):
+        client, experiment = open_experiment(uri, store)
         run = client.create_run(experiment, tags={KIND_TAG: "probe", "mlflow.runName": "unlearn doctor"})
         try:
             client.log_text(run.info.run_id, "written by unlearn doctor", "probe.txt")
         finally:
             client.set_terminated(run.info.run_id)
             client.delete_run(run.info.run_id)
-
-
-def _experiment(uri: str, store: Store) -> tuple[MlflowClient, str]:
-    """A client, and the id of our experiment there, made where it is missing."""
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is said once, by who catches it
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    artifacts = None  # a server knows its own place; MLflow's own for SQLite is the working directory
-    if uri.startswith("sqlite:///"):
-        beside = Path(store.root) if store.is_local else Path(uri.removeprefix("sqlite:///")).absolute().parent
-        artifacts = (beside / "mlflow-artifacts").as_uri()
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        with contextlib.suppress(MlflowException):  # another command may make it at the same time
-            client.create_experiment(EXPERIMENT, artifact_location=artifacts)
-        experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None or experiment.lifecycle_stage != "active":
-        raise InputError(f"the MLflow experiment {EXPERIMENT!r} at {uri} is deleted; restore it, or use another server")
-    return client, experiment.experiment_id
-
-
-@contextlib.contextmanager
-def _answering(uri: str) -> Iterator[None]:
-    """Say in one sentence that MLflow does not answer at the URI."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # mlflow raises whatever its store raises (sqlalchemy, requests, its own)
-        scheme = uri.partition(":")[0]
-        if "://" in uri and scheme.partition("+")[0] not in _SCHEMES:
-            raise InputError(f"--tracking-uri is {uri!r}; allowed: {', '.join(_SCHEMES)} addresses, or none") from None
-        raise InputError(
-            f"MLflow does not answer at {uri!r}: {_reason(error)}; start `mlflow server` there, or use "
-            "--tracking-uri none and `unlearn track` later"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n", 1)[0][:200]
-
-
-def _search(client: MlflowClient, experiment_id: str, filter_string: str) -> Iterator[Any]:
-    token = None
-    while True:
-        page = client.search_runs([experiment_id], filter_string, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-class Writer:
-    """Writes to MLflow in a thread of its own: a slow or lost server never holds a command up; what is lost, `unlearn
-    track` brings later. What does not fit the bounded queue, or fails, is counted in `missed`."""
-
-    def __init__(self) -> None:
-        self.missed, self.error = 0, ""
-        self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue(_QUEUE_SIZE)
-        self._thread = threading.Thread(target=self._drain, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def submit(self, write: Callable[[], object]) -> None:
-        """Have something written; returns at once."""
-        try:
-            self._waiting.put_nowait(write)
-        except queue.Full:
-            self.missed += 1
-
-    def _drain(self) -> None:
-        failures = 0
-        while (write := self._waiting.get()) is not None:
-            if failures >= 3:  # the server is gone: what is left waits for `unlearn track`
-                self.missed += 1
-                continue
-            failures = 0 if self._try(write) else failures + 1
-
-    def _try(self, write: Callable[[], object]) -> bool:
-        try:
-            write()
-        except Exception as error:  # tracking never fails a command
-            self.missed += 1
-            self.error = _reason(error)
-            return False
-        return True
-
-    def end(self, last: Callable[[], object]) -> None:
-        """Write what is queued, then what comes last; a slow server is given a minute for what is queued."""
-        with contextlib.suppress(queue.Full):
-            self._waiting.put(None, timeout=_LAST_SECONDS)
-        self._thread.join(_LAST_SECONDS)
-        if self._thread.is_alive():
-            self.missed += self._waiting.qsize() + 1
-            self.error = self.error or "the server is too slow"
-            return
-        self._try(last)
-
-
-class LiveTracking(Writer):
-    """A sweep's rows, written as they come."""
-
-    def __init__(self, tracker: Tracker) -> None:
-        super().__init__()
-        self.tracker = tracker
-
-    def put(self, row: Row, arm: str, role: Role = "reported") -> None:
-        self.submit(partial(self.tracker.write, row, arm, role))
-
-    def close(self, status: str, artifacts: Iterable[str] = ()) -> None:
-        """Write what is queued, then end the parent run."""
-        self.end(partial(self.tracker.finish, status, artifacts))
 
 
 def replay(tracker: Tracker, rows: Iterable[Row], arms: Mapping[str, str]) -> int:
@@ -397,3 +331,40 @@ def replay_campaign(
         tracker.write(stretch.points)
     tracker.finish(ended, artifacts)
     return tracker.num_points() - before
+
+
+def _search(tracker: Tracker | CampaignTracker, filter_string: str) -> Iterator[Any]:
+    """The runs that match, of a tracker of a sweep among those of its sweep."""
+    if isinstance(tracker, Tracker):
+        filter_string = f"tags.`{SWEEP_TAG}` = '{tracker.sweep.key}' and {filter_string}"
+    token, found = None, list[Any]()
+    while True:  # all before the first is given: what is deleted between pages would shift them
+        page = tracker.client.search_runs([tracker.experiment_id], filter_string, max_results=1000, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return iter(found)
+
+
+def _digest(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    return f"{len(names)} rows {hashlib.sha256(canonical_json(names).encode()).hexdigest()[:32]}"
+
+
+def _add_dataset(client: MlflowClient, run: str, name: str, fingerprint: str, source: str) -> None:
+    """Make a data set an input of a run; its digest is the start of its fingerprint."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    digest = fingerprint[: logged.DIGEST]
+    dataset = Dataset(logged.cut(name, 500), digest, "code", logged.cut(source, 10_000))
+    client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def _attach(client: MlflowClient, run: str, files: Mapping[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            inside = str(Path(name).parent)
+            client.log_artifact(run, str(path), None if inside == "." else inside)

@@ -1,19 +1,29 @@
-"""MLflow: what is written live equals what is written later, nothing twice, and a lost server holds nothing up."""
+"""MLflow: what is written live equals what is written later, nothing twice, and a bad server holds nothing up."""
 
 from __future__ import annotations
 
+import math
 import os
-import socket
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
+from jobs import session, track, tracked
+from jobs.tracked import LiveTracking
+from orchestrator import logged, results
+from orchestrator.contact import EXPERIMENT, redacted, tracking_uri
+from orchestrator.drivers import Driver, this_driver
+from orchestrator.outbox import Outbox
 from orchestrator.registry import InputError
 from orchestrator.results import Member, Row, Sweep, sweep_key
 from orchestrator.specs import (
@@ -29,7 +39,9 @@ from orchestrator.specs import (
     key,
 )
 from orchestrator.store import Store
-from orchestrator.tracking import EXPERIMENT, LiveTracking, connect, replay, tracking_uri
+from orchestrator.tracking import DRIVER_TAG, connect
+from tests.faults import free_port, s3_server
+from tests.servers import MlflowServer, Proxy, mlflow_server, postgres
 
 
 def make_row(seed: int) -> Row:
@@ -54,154 +66,454 @@ def make_row(seed: int) -> Row:
             "model": "small_cnn",
             "seconds": 1.5,
             "numerics": "cpu",
-            "git_commit": "abc",
+            "host": "made",
+            "git_commit": "abc-dirty" if seed else "abc",
             "finished_at": 1.8e9 + seed,
         },
     )
 
 
 ROWS = [make_row(seed) for seed in range(5)]
+KEYS = [row.key for row in ROWS]
+BY_KEY = {name: Member("del", name) for name in KEYS}
 MEMBERS = tuple(Member("del", row.key) for row in ROWS)
-SWEEP = Sweep(sweep_key("digits", MEMBERS), "digits", MEMBERS, {"recipe": "digits"})
-ARMS = {member.key: member.arm for member in MEMBERS}
+SWEEP = Sweep(
+    sweep_key("digits", MEMBERS),
+    "digits",
+    MEMBERS,
+    {"recipe": "digits", "data": {"name": "digits"}},
+    {"created_at": 1.7e9, "git_commit": "abc-dirty", "ray_job": "job-1"},
+)
 
 
-def contents(uri: str) -> dict[str, Any]:
-    """All that MLflow holds of the runs, by our key, without MLflow's own ids and user."""
+def runs_of(uri: str, sweep: Sweep = SWEEP) -> dict[str, Run]:
+    """All runs that MLflow holds of a sweep, by our key; none is there twice, and all belong to the parent."""
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None
-    found: dict[str, Any] = {}
-    runs = client.search_runs([experiment.experiment_id], max_results=1000)
-    parents = {run.info.run_id for run in runs if run.data.tags["unlearn.kind"] == "sweep"}
-    assert len(parents) == 1
-    for run in runs:
-        name = run.data.tags.get("unlearn.key", "parent")
-        assert name not in found, "a run was written twice"
-        tags = {k: v for k, v in run.data.tags.items() if k.startswith("unlearn.")}
-        if name != "parent":
-            assert run.data.tags["mlflow.parentRunId"] in parents
-        history = [
-            [(point.timestamp, point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
-            for metric in sorted(run.data.metrics)
-        ]
-        found[name] = (run.info.status, run.data.params, run.data.metrics, tags, history)
+    runs = client.search_runs([experiment.experiment_id], f"tags.`unlearn.sweep` = '{sweep.key}'", max_results=1000)
+    found = {run.data.tags.get("unlearn.key", "parent"): run for run in runs}
+    assert len(found) == len(runs), "a run was written twice"
+    parents = {run.data.tags.get("mlflow.parentRunId") for name, run in found.items() if name != "parent"}
+    assert parents <= {found["parent"].info.run_id}
+    return found
+
+
+def contents(uri: str, sweep: Sweep = SWEEP) -> dict[str, Any]:
+    """All that MLflow holds of a sweep, without MLflow's own ids and user."""
+    client, found = MlflowClient(tracking_uri=uri), dict[str, Any]()
+    for name, run in runs_of(uri, sweep).items():
+        tags = {k: v for k, v in run.data.tags.items() if "parent" not in k and k != "mlflow.user"}
+        points = {
+            metric: [(p.timestamp, p.step, p.value) for p in client.get_metric_history(run.info.run_id, metric)]
+            for metric in ("accuracy/forget", "epoch/loss", "param/budget")
+            if metric in run.data.metrics
+        }
+        inputs = [(i.dataset.name, i.dataset.digest, i.tags[0].value) for i in run.inputs.dataset_inputs]
+        found[name] = (run.info.status, run.info.start_time, run.data.params, run.data.metrics, points, tags, inputs)
     return found
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
+    """A store with the sweep and all its rows, not yet exported."""
+    made = Store(str(tmp_path / "store"))
+    for row in ROWS:
+        results.put_row(made, row)
+    results.put_sweep(made, SWEEP)
+    return made
 
 
 @pytest.fixture
 def uri(store: Store) -> str:
-    store.probe()
     found = tracking_uri(store, None)
     assert found is not None
     return found
 
 
 @pytest.fixture(autouse=True)
-def _no_tracking_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    monkeypatch.setattr(tracked, "files", lambda store, sweep: {"specs.jsonl": tracked.specs(store, sweep)})
+    monkeypatch.setattr(track, "files", tracked.files)
 
 
-def test_rebuilt_equals_live_and_replaying_adds_nothing(store: Store, uri: str, tmp_path: Path) -> None:
-    live = LiveTracking(connect(uri, store, SWEEP))
-    for row in ROWS:
-        live.put(row, "del")
-    live.close("FINISHED")
-    assert live.missed == 0
-    written = contents(uri)
+def put_live(store: Store, uri: str, status: str = "FINISHED") -> LiveTracking:
+    """Track the sweep as the command that computes it does."""
+    live = LiveTracking(connect(uri, store, SWEEP, live=True), store)
+    for name in KEYS:
+        live.put([name], BY_KEY)
+    live.close(status)
+    return live
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_rebuilt_equals_live_and_writing_again_adds_nothing(store: Store, uri: str, tmp_path: Path) -> None:
+    live = put_live(store, uri)
+    assert live.missing == "", live.error
+    written, other = contents(uri), f"sqlite:///{tmp_path}/other.db"
     assert len(written) == len(ROWS) + 1
-    assert replay(connect(uri, store, SWEEP), ROWS, ARMS) == 0
-    other = f"sqlite:///{tmp_path}/other.db"
-    tracker = connect(other, store, SWEEP)
-    assert replay(tracker, ROWS, ARMS) == len(ROWS)
-    tracker.finish("FINISHED")
+    assert {run[0] for run in written.values()} == {"FINISHED"}
+    parent, child = written["parent"], written[KEYS[0]]
+    assert parent[6] == [("digits", "0" * 32, "training")]
+    assert (parent[5]["mlflow.source.git.commit"], parent[5]["unlearn.git_dirty"]) == ("abc", "true")
+    assert (parent[5]["unlearn.ray_job"], parent[1]) == ("job-1", int(1.7e12))
+    assert (child[5]["mlflow.source.git.commit"], child[5]["unlearn.git_dirty"]) == ("abc", "false")
+    files = MlflowClient(tracking_uri=uri).list_artifacts(runs_of(uri)["parent"].info.run_id)
+    assert [file.path for file in files] == ["specs.jsonl", "study.json"]
+    for again in (lambda: put_live(store, uri), lambda: track.run(store.root, uri), lambda: put_live(store, uri)):
+        again()  # writers one after another
+        assert contents(uri) == written
+    track.run(store.root, other)
     assert contents(other) == written
 
 
-def test_a_run_can_be_found_by_range_and_has_its_series(store: Store, uri: str) -> None:
-    tracker = connect(uri, store, SWEEP)
-    replay(tracker, ROWS, ARMS)
-    found = tracker.client.search_runs([tracker.experiment_id], "metrics.`param/budget` > 0.2 and params.arm = 'del'")
-    assert len(found) == len(ROWS)
-    first = next(run for run in found if run.data.tags["unlearn.key"] == ROWS[0].key)
-    assert first.data.metrics["accuracy/forget"] == 0.25
-    assert first.data.params["option.lr"] == "0.03"
-    history = tracker.client.get_metric_history(first.info.run_id, "epoch/loss")
+def test_numbers_can_be_asked_for_by_range_and_series_are_there(store: Store, uri: str) -> None:
+    put_live(store, uri)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    for condition, count in (
+        ("metrics.`param/budget` > 0.2 and params.arm = 'del'", 5),
+        ("metrics.`param/option.lr` > 0.02 and metrics.`param/option.lr` < 0.04", 5),
+        ("metrics.`param/option.epochs` >= 30", 5),
+        ("metrics.`param/training.batch_size` > 8", 0),
+        ("metrics.`param/seed` >= 3 and metrics.`accuracy/forget` > 0.27", 2),
+        ("params.fingerprint = '" + "0" * 64 + "'", 5),
+        ("params.`option.lr` = '0.03'", 5),
+    ):
+        assert len(client.search_runs([experiment], condition)) == count, condition
+    first = runs_of(uri)[KEYS[0]]
+    history = client.get_metric_history(first.info.run_id, "epoch/loss")
     assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.0)]
 
 
-def test_what_a_dead_driver_left_half_written_is_finished_under_the_same_id(store: Store, uri: str) -> None:
-    tracker = connect(uri, store, SWEEP)
-    half = tracker._create(ROWS[0], "del", "reported", 1000)
-    assert replay(connect(uri, store, SWEEP), ROWS, ARMS) == len(ROWS)
-    run = tracker.client.get_run(half)
-    assert (run.info.status, run.data.metrics["accuracy/forget"]) == ("FINISHED", 0.25)
-    assert len(contents(uri)) == len(ROWS) + 1
+AWKWARD = replace(
+    make_row(7),
+    metrics={"acc@1 (top)": {"a/../b": 0.5}, "acc:1": {"x": math.inf, "y": 1.0}, "a//b": {".": 2.0}},
+    series={"loss=a%b": [float(epoch) for epoch in range(700)], "loss a%b": [1.0] * 700, "ä" * 300: [3.0]},
+    measurements={f"m{number}": float(number) for number in range(50)},
+)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def test_no_server_at_the_start_is_refused_within_seconds(store: Store) -> None:
-    start = time.monotonic()
-    with pytest.raises(InputError, match="MLflow does not answer"):
-        connect(f"http://127.0.0.1:{free_port()}", store, SWEEP)
-    assert time.monotonic() - start < 60
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A real `mlflow server` in a process of its own."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{tmp_path}/server.db",
-        "--artifacts-destination",
-        str(tmp_path / "art"),
-    ]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}", process
-    if process.poll() is None:
-        os.killpg(process.pid, 9)
-    process.wait()
-
-
-def test_a_server_lost_after_the_start_costs_only_what_it_missed(
-    store: Store, server: tuple[str, subprocess.Popen[bytes]], uri: str
+def test_what_mlflow_would_refuse_or_change_is_made_to_fit_one_batch(
+    store: Store, uri: str, server: MlflowServer
 ) -> None:
-    address, process = server
-    live = LiveTracking(connect(address, store, SWEEP))
-    live.put(ROWS[0], "del")
-    while live._waiting.unfinished_tasks and not live._waiting.empty():
-        time.sleep(0.05)
-    time.sleep(1)
-    os.killpg(process.pid, 9)
-    start = time.monotonic()
-    for row in ROWS[1:]:
-        live.put(row, "del")
-    assert time.monotonic() - start < 1, "the sweep waited for MLflow"
+    """Bare, each of these is refused with the whole batch, or kept as another value, or split into more requests."""
+    options = {f"o{n:03}": n for n in range(150)} | {"a": "x" * 9999}
+    row = replace(AWKWARD, key="k" * 32, spec={**AWKWARD.spec, "method": {"name": "gone", "options": options}})
+    with Proxy(server.url) as proxy:
+        tracker = connect(proxy.url, store, replace(SWEEP, key="awkward"))
+        tracker.find()
+        proxy.requests.clear()
+        tracker.write(row, "del")
+        assert sorted(proxy.requests) == sorted([*PER_ROW, "POST runs/log-inputs"])
+    run = runs_of(server.url, replace(SWEEP, key="awkward"))["k" * 32]
+    metrics, params = run.data.metrics, run.data.params
+    assert (metrics["acc_1 _top_/b"], metrics["acc:1/y"], metrics["a/b"]) == (0.5, 1.0, 2.0)
+    assert "acc:1/x" not in metrics
+    assert max(map(abs, metrics.values())) < 1e300
+    assert len(params) == logged.MAX_PARAMS
+    assert '"option.o149": "149"' in params["more"]
+    assert params["option.a"].endswith("x...")
+    assert len(params["option.a"]) == 6000
+    names = [name for name in metrics if name.startswith("epoch/loss")]
+    assert len(names) == 2, "two series whose names differ in what is not allowed are two"
+    steps = [p.step for p in MlflowClient(server.url).get_metric_history(run.info.run_id, names[0])]
+    assert steps[-1] == 700
+    assert len(steps) > 200
+
+
+PER_ROW = ["POST runs/create", "POST runs/log-batch", "POST runs/update"]
+
+
+def test_a_row_costs_three_requests(store: Store, server: MlflowServer) -> None:
+    sweep = replace(SWEEP, key="counted")
+    with Proxy(server.url) as proxy:
+        tracker = connect(proxy.url, store, sweep, live=True)
+        tracker.write(ROWS[0], "del")  # the first also looks what is there, and names the data set
+        proxy.requests.clear()
+        for row in ROWS[1:]:
+            assert tracker.write(row, "del")
+        assert sorted(proxy.requests) == sorted(PER_ROW * 4)
+        proxy.requests.clear()
+        assert not tracker.write(ROWS[1], "del")
+        assert not proxy.requests
+        tracker.finish("FINISHED", KEYS)
+        proxy.requests.clear()
+        live = LiveTracking(connect(proxy.url, store, sweep, live=True), store)
+        live.put(KEYS, BY_KEY)
+        live.close("FINISHED")
+        assert "GET runs/search" not in proxy.requests[3:], "a level sweep was looked at row by row"
+        assert len(proxy.requests) < 10
+
+
+# ---- what dead and rival drivers leave -------------------------------------------------------------------------------
+
+
+def test_half_written_rows_and_parents_are_finished_under_the_same_id(store: Store, uri: str) -> None:
+    tracker = connect(uri, store, SWEEP, live=True)
+    tracker.find()
+    half = tracker._run(ROWS[0], "del", "reported", 1000).info.run_id
+    tracker.client.log_param(half, "arm", "del")
+    tracker.client.log_param(half, "seed", "another")  # which MLflow would refuse to change, with all of the batch
+    os.unlink(next(Path(store.root).rglob("study.json")))  # killed before it was written
+    tracker.client.set_tag(tracker._parent, DRIVER_TAG, replace(this_driver(), began="long ago").text)
+    track.run(store.root, uri)
+    found = runs_of(uri)
+    assert found[KEYS[0]].info.run_id == half
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert found[KEYS[0]].data.metrics["accuracy/forget"] == 0.25
+    assert found["parent"].info.run_id == tracker._parent
+    assert DRIVER_TAG not in found["parent"].data.tags
+    assert list(Path(store.root).rglob("study.json"))
+
+
+def test_what_two_drivers_wrote_in_one_moment_becomes_one(store: Store, uri: str) -> None:
+    put_live(store, uri)
+    written, client = contents(uri), MlflowClient(tracking_uri=uri)
+    first = runs_of(uri)
+    experiment = first["parent"].info.experiment_id
+    tags = {k: v for k, v in first["parent"].data.tags.items() if k != "unlearn.level"}
+    rival = client.create_run(experiment, start_time=int(1.7e12) + 1, tags=tags).info.run_id
+    for name in KEYS[:2]:
+        spare = {**first[name].data.tags, "mlflow.parentRunId": rival}
+        client.create_run(experiment, start_time=1, tags=spare)
+    client.set_tag(first["parent"].info.run_id, "unlearn.level", "")
+    track.run(store.root, uri)
+    assert contents(uri) == written
+
+
+WAITING = """
+import sys, time
+from orchestrator.store import Store
+from orchestrator import results
+from orchestrator.tracking import connect
+store, uri = Store(sys.argv[1]), sys.argv[2]
+(sweep,) = results.get_sweeps(store)
+tracker = connect(uri, store, sweep, live=True)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_sweep_that_is_running_is_left_alone_and_one_whose_driver_died_is_ended(
+    store: Store, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.delete(f"rows/{KEYS[4]}.json")
+    driver = subprocess.Popen([sys.executable, "-c", WAITING, store.root, uri], stdout=subprocess.PIPE)
+    try:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == b"ready\n"
+        track.run(store.root, uri)
+        assert f"that runs (process {driver.pid}, here): left to it" in " ".join(capsys.readouterr().out.split())
+        assert {name: run.info.status for name, run in runs_of(uri).items()} == {"parent": "RUNNING"}
+    finally:
+        driver.kill()
+        driver.wait()
+    store.delete(f"sweeps/{SWEEP.key}.json")  # killed before the store knew of the sweep
+    track.run(store.root, uri)
+    assert "1 runs that a killed command had left running are ended" in capsys.readouterr().out
+    results.put_sweep(store, SWEEP)
+    track.run(store.root, uri)
+    statuses = {name: run.info.status for name, run in runs_of(uri).items()}
+    assert statuses == {"parent": "KILLED"} | dict.fromkeys(KEYS[:4], "FINISHED")
+
+
+def test_a_driver_is_told_from_one_of_its_number_and_from_other_hosts() -> None:
+    me = this_driver()
+    assert me.is_alive
+    assert Driver.read(me.text) == me
+    assert Driver.read("") is None
+    assert replace(me, began="1").is_dead
+    elsewhere = replace(me, host="elsewhere")
+    assert not elsewhere.is_alive
+    assert not elsewhere.is_dead
+
+
+# ---- servers in trouble ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    with mlflow_server(f"sqlite:///{folder}/server.db", str(folder / "artifacts")) as found:
+        yield found
+
+
+def trouble(proxy: Proxy, kind: str) -> None:
+    proxy.hangs = kind == "hangs"
+    proxy.status = int(kind) if kind.isdigit() else None
+
+
+@pytest.mark.parametrize("kind", ["hangs", "500", "400"])
+def test_a_server_in_trouble_holds_nothing_up_and_track_brings_the_rest(
+    store: Store, server: MlflowServer, kind: str
+) -> None:
+    sweep = replace(SWEEP, key=f"trouble {kind}")
+    store.delete(f"sweeps/{SWEEP.key}.json")
+    results.put_sweep(store, sweep)
+    with Proxy(server.url) as proxy:
+        live = LiveTracking(connect(proxy.url, store, sweep, live=True), store)
+        live.put(KEYS[:1], BY_KEY)
+        while KEYS[0] not in live.done:
+            time.sleep(0.01)
+        trouble(proxy, kind)
+        start = time.monotonic()
+        for name in KEYS[1:]:
+            live.put([name], BY_KEY)
+        assert time.monotonic() - start < 0.5, "the sweep waited for MLflow"
+        time.sleep(0.2)
+        live.close("FINISHED")
+        assert time.monotonic() - start < 8
+        assert live.missing == "4 of 5 rows"
+        assert live.error
+        trouble(proxy, "none")
+        client = MlflowClient(tracking_uri=server.url)
+        (parent,) = (run for name, run in runs_of(server.url, sweep).items() if name == "parent")
+        assert "unlearn.level" not in parent.data.tags
+        client.set_tag(parent.info.run_id, DRIVER_TAG, "")  # this process, which wrote it, has not ended
+        track.run(store.root, server.url)
+    found = runs_of(server.url, sweep)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert found.keys() == {"parent", *KEYS}
+
+
+def test_a_server_that_comes_back_gets_the_rest(store: Store, server: MlflowServer) -> None:
+    sweep = replace(SWEEP, key="comes back")
+    live = LiveTracking(connect(server.url, store, sweep, live=True), store)
+    live.put(KEYS[:1], BY_KEY)
+    while KEYS[0] not in live.done:
+        time.sleep(0.01)
+    server.kill()
+    live.put(KEYS[1:], BY_KEY)
+    while not live.error:
+        time.sleep(0.01)
+    server.start()
+    live.put([], BY_KEY)
     live.close("FINISHED")
-    assert live.missed >= len(ROWS) - 1
-    assert replay(connect(uri, store, SWEEP), ROWS, ARMS) == len(ROWS)
+    assert live.missing == ""
+    assert len(runs_of(server.url, sweep)) == len(KEYS) + 1
+
+
+def test_a_run_whose_making_was_answered_too_late_is_not_made_twice(store: Store, server: MlflowServer) -> None:
+    """The server makes it, the answer is lost: the next try must find it."""
+    sweep = replace(SWEEP, key="late")
+    with Proxy(server.url) as proxy:
+        tracker = connect(proxy.url, store, sweep, live=True)
+        tracker.find()
+        made = tracker.client.create_run
+
+        def lose_the_answer(*words: Any, **more: Any) -> Run:
+            made(*words, **more)
+            tracker.client.create_run = made  # type: ignore[method-assign]
+            raise TimeoutError("Read timed out")
+
+        tracker.client.create_run = lose_the_answer  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="timed out"):
+            tracker.write(ROWS[0], "del")
+        assert tracker.write(ROWS[0], "del")
+    assert runs_of(server.url, sweep).keys() == {"parent", KEYS[0]}
+
+
+def test_an_outbox_that_is_full_says_so_and_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.outbox.QUEUE_SIZE", 3)
+    outbox, start = Outbox(), time.monotonic()
+    for _ in range(10):
+        outbox.submit(lambda: time.sleep(0.3))
+    assert time.monotonic() - start < 0.25
+    assert outbox.missed >= 6
+    assert "more than 3 writes were waiting" in outbox.error
+    ended = list[int]()
+    outbox.end(lambda: ended.append(1))
+    assert ended == [1]
+
+
+# ---- first contact ---------------------------------------------------------------------------------------------------
+
+
+SECRET = "correct horse battery"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[tuple[MlflowServer, str]]:
+    """A server as a group would run it: PostgreSQL, users with passwords, artifacts proxied to S3, one host name."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
+            patch.setenv(f"AWS_{name}", value)
+        with postgres() as database, s3_server() as s3:
+            environment = {
+                "MLFLOW_AUTH_ADMIN_PASSWORD": SECRET,
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": "made for a test",
+                "MLFLOW_S3_ENDPOINT_URL": s3,
+            }
+            options = ["--app-name", "basic-auth", "--allowed-hosts", "127.0.0.1:{port}"]
+            with mlflow_server(database, "s3://bucket/mlflow", options, environment) as found:
+                yield found, s3
+
+
+def test_postgresql_passwords_and_s3_in_one_server(
+    store: Store, shared: tuple[MlflowServer, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server, s3 = shared
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)  # a client needs none of S3
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    live = put_live(store, server.url)
+    assert live.missing == "", live.error
+    here = f"sqlite:///{tmp_path}/here.db"
+    track.run(store.root, here)
+    assert contents(server.url) == contents(here)
+    track.run(store.root, server.url)
+    assert len(runs_of(server.url)) == len(ROWS) + 1
+    client: Any = boto3.client(
+        "s3", endpoint_url=s3, aws_access_key_id="x", aws_secret_access_key="x", region_name="us-east-1"
+    )
+    names = [item["Key"] for item in client.list_objects_v2(Bucket="bucket")["Contents"]]
+    assert {name.rpartition("/")[2] for name in names} == {"study.json", "specs.jsonl"}
+
+
+def test_what_bars_the_way_is_said_in_one_sentence_without_secrets(
+    store: Store, shared: tuple[MlflowServer, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ = shared
+    with pytest.raises(InputError, match=r"asks for a user and a password \(401\); set MLFLOW_TRACKING_USERNAME"):
+        connect(server.url, store, SWEEP)
+    named = server.url.replace("127.0.0.1", "localhost")
+    with pytest.raises(
+        InputError, match=rf"for the host 'localhost' .*--allowed-hosts 'localhost,localhost:{server.port}'"
+    ):
+        connect(named, store, SWEEP)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2hunter2")
+    with pytest.raises(InputError, match=r"refuses the password of 'admin' \(401\)") as wrong:
+        connect(server.url.replace("//", "//admin:hunter3hunter3@"), store, SWEEP)
+    with pytest.raises(InputError, match="does not answer") as gone:
+        connect(f"http://admin:hunter3hunter3@127.0.0.1:{free_port()}", store, SWEEP)
+    for said in (str(wrong.value), str(gone.value)):
+        assert "hunter" not in said
+        assert "\n" not in said
+        assert "***@127.0.0.1" in said
+    assert redacted("python -m jobs --tracking-uri http://a:b@c/d") == "python -m jobs --tracking-uri http://***@c/d"
+
+
+def test_other_first_contacts_end_in_a_sentence_too(store: Store, tmp_path: Path) -> None:
+    start, file = time.monotonic(), tmp_path / "file"
+    file.touch()
+    for place, said in (
+        (f"http://127.0.0.1:{free_port()}", "MLflow does not answer at .*start `mlflow server` there"),
+        ("ftp://127.0.0.1", "--tracking-uri is 'ftp://127.0.0.1'; allowed: http"),
+        (f"sqlite:///{file}/no.db", "MLflow does not answer at 'sqlite:///"),
+        ("postgresql+nodriver://me:hunter2@127.0.0.1:1/x", r"\*\*\*@127"),
+    ):
+        with pytest.raises(InputError, match=said) as error:
+            connect(place, store, SWEEP)
+        assert not re.search("hunter", str(error.value))
+    assert time.monotonic() - start < 20
 
 
 def test_where_to_track(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,3 +523,10 @@ def test_where_to_track(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example:5000")
     assert tracking_uri(store, None) == "http://mlflow.example:5000"
     assert tracking_uri(store, "sqlite:///x.db") == "sqlite:///x.db"
+
+
+def test_a_ray_job_knows_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(session.JOB_VARIABLE, raising=False)
+    assert session.ray_job() is None
+    monkeypatch.setenv(session.JOB_VARIABLE, '{"metadata": {"job_submission_id": "mine"}, "runtime_env": {}}')
+    assert session.ray_job() == "mine"

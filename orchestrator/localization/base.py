@@ -10,6 +10,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -37,7 +38,12 @@ STRATEGIES: Registry[Callable[..., Scores]] = Registry(
 
 def granularities(entry: Entry[Any]) -> tuple[str, ...]:
     """The granularities at which a strategy can be selected from."""
-    hint = typing.get_type_hints(entry.function).get("granularity")
+    return _granularities(entry.function)
+
+
+@cache
+def _granularities(function: Callable[..., Scores]) -> tuple[str, ...]:
+    hint = typing.get_type_hints(function).get("granularity")
     named: tuple[str, ...] = typing.get_args(hint) if typing.get_origin(hint) is Literal else GRANULARITIES
     return named
 

@@ -1,80 +1,140 @@
-"""Trials per second: our Tune trials against plain Tune functions at their defaults, in one run.
+"""What a trial costs beyond its work: ours, store and MLflow included, against plain Tune with Ray's MLflow callback.
 
-Prints seconds of each and their ratio, for empty trials, and for trials of 0.3 s the wall time beyond the work that a
-slot spends per trial (start-up apart). `python -m tests.benchmarks.trials`.
+Each trial works for 0.3 s (it sleeps). Ours then puts outputs and a row of the size that digits have into a store, and
+the driver has the row written to `mlflow server` (SQLite, on this machine), live. The rival is a plain Tune function,
+at Tune's defaults, that reports the same numbers once at its end, with Ray's own MLflowLoggerCallback on the same
+server; it stores nothing, and runs fewer trials. From the first trial's end, so start-up is apart; to the moment at
+which MLflow has the last row. `python -m tests.benchmarks.trials [--trials 500] [--rival-trials 60] [--rounds 1]`.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import os
+import tempfile
 import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import numpy as np
+
+from jobs.session import Options, open_session
+from jobs.tracked import LiveTracking
+from orchestrator import logged, results
+from orchestrator.metrics import METRICS
 from orchestrator.pool import Cluster, ray_cluster
+from orchestrator.results import Sweep
+from orchestrator.specs import RunSpec, key
+from orchestrator.store import Store
+from orchestrator.tracking import connect
+from tests.benchmarks.rows import Values, made_outputs, options, put
+from tests.servers import mlflow_server
 
-NUM_EMPTY, NUM_SHORT, SECONDS = 64, 120, 0.3
-
-
-def make_nothing() -> None:
-    return None
-
-
-def pause(_: None, seconds: float) -> float:
-    time.sleep(seconds)
-    return seconds
+SECONDS, WORKERS = 0.3, 4
 
 
-def ours(cluster: Cluster, seconds: float, count: int) -> tuple[float, float]:
-    """Wall seconds in all, and per trial and slot from the first result to the last."""
+def work(made: tuple[Store, Values], item: tuple[int, RunSpec]) -> str:
+    """A trial of ours: the work, then outputs and row."""
+    time.sleep(SECONDS)
+    put(*made, item)
+    return key(item[1])
+
+
+def ours(cluster: Cluster, given: Options, values: Values, url: str, count: int) -> tuple[float, float]:
+    """Seconds beyond the work per trial and slot: to the last result, and until MLflow has all."""
     from orchestrator.sweep import run_trials
 
-    times: list[float] = []
-    start = time.perf_counter()
+    session = open_session(given)
+    specs = [task.spec for task in session.plan.runs() if isinstance(task.spec, RunSpec)][:count]
+    assert len(specs) == count
+    sweep: Sweep = replace(session.plan.sweep({"created_at": time.time()}), key=uuid.uuid4().hex)
+    members = {member.key: member for member in sweep.members}
+    live, times = LiveTracking(connect(url, session.store, sweep, live=True), session.store), list[float]()
+
+    def done(name: str) -> None:
+        live.put([name], members)
+        times.append(time.perf_counter())
+
     run_trials(
-        pause,
-        [seconds] * count,
-        setup=make_nothing,
+        work,
+        list(enumerate(specs)),
+        setup=lambda: (Store(given.storage), values),
         inputs=(),
         workers=cluster.workers,
         gpus_per_worker=0.0,
-        done=lambda _: times.append(time.perf_counter()),
+        done=done,
     )
+    live.end(partial(live.tracker.finish, "FINISHED"))
     assert len(times) == count
-    return time.perf_counter() - start, (times[-1] - times[0]) * cluster.workers / (count - 1)
+    assert not live.missing, live.error
+    return tuple(_beyond(times[0], last, count, cluster.workers) for last in (times[-1], time.perf_counter()))  # type: ignore[return-value]
 
 
-def plain(seconds: float, count: int) -> float:
-    """Wall seconds of the same trials as a user of Tune writes them, at Tune's defaults."""
+def _beyond(first: float, last: float, count: int, workers: int) -> float:
+    return (last - first) * workers / (count - 1) - SECONDS
+
+
+def rival(cluster: Cluster, url: str, config: Mapping[str, Any], numbers: Mapping[str, float], count: int) -> float:
+    """The same of the rival: a sweep as a user of Tune and MLflow writes it."""
     from ray import tune
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
 
-    ours_only = [name for name in os.environ if name.startswith("TUNE_") or name == "RAY_AIR_NEW_OUTPUT"]
+    ours_only = [name for name in os.environ if name.startswith(("TUNE_", "MLFLOW_")) or name == "RAY_AIR_NEW_OUTPUT"]
     kept = {name: os.environ.pop(name) for name in ours_only}
 
-    def trainable(config: dict[str, float]) -> None:
-        time.sleep(config["seconds"])
-        tune.report({"value": config["seconds"]})
+    def trainable(config: dict[str, Any]) -> None:
+        time.sleep(SECONDS)
+        tune.report(dict(numbers))
 
-    start = time.perf_counter()
-    tune.Tuner(trainable, param_space={"index": tune.grid_search(list(range(count))), "seconds": seconds}).fit()
+    times = list[float]()
+
+    class Ends(tune.Callback):
+        def on_trial_complete(self, *_: Any, **__: Any) -> None:
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        callbacks = [MLflowLoggerCallback(tracking_uri=url, experiment_name=uuid.uuid4().hex), Ends()]
+        tune.Tuner(
+            tune.with_resources(trainable, {"cpu": 1}),
+            param_space={**config, "index": tune.grid_search(list(range(count)))},
+            run_config=tune.RunConfig(storage_path=folder, callbacks=callbacks, verbose=0),
+        ).fit()
     os.environ.update(kept)
-    return time.perf_counter() - start
+    assert len(times) == count
+    return _beyond(times[0], times[-1], count, cluster.workers)
 
 
 def main() -> None:
-    with ray_cluster() as cluster:
-        ours(cluster, 0.0, 8)  # what is imported once is imported now
-        first, _ = ours(cluster, 0.0, NUM_EMPTY)
-        rival = plain(0.0, NUM_EMPTY)
-        second, _ = ours(cluster, 0.0, NUM_EMPTY)
-        mean = (first + second) / 2
-        print(f"{NUM_EMPTY} empty trials, {cluster.workers} slots: {first:.1f} and {second:.1f} s, plain {rival:.1f} s")
-        print(
-            f"trials per second: ours {NUM_EMPTY / mean:.1f}, plain {NUM_EMPTY / rival:.1f}, ratio {rival / mean:.1f}"
-        )
-        total, per_slot = ours(cluster, SECONDS, NUM_SHORT)
-        print(
-            f"{NUM_SHORT} trials of {SECONDS} s: {total:.1f} s in all; per trial and slot {per_slot:.3f} s, "
-            f"{per_slot - SECONDS:.3f} s beyond the work"
-        )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--rival-trials", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=1)
+    arguments = parser.parse_args()
+    values = {name: METRICS[name]({"outputs": made_outputs(np.random.default_rng(0))}, {}) for name in METRICS}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        cluster = stack.enter_context(ray_cluster(workers=WORKERS))
+        server = stack.enter_context(mlflow_server(f"sqlite:///{folder}/server.db", f"{folder}/artifacts"))
+        ours(cluster, options(f"{folder}/warm", 1, "none"), values, server.url, 8)  # what is imported once
+        for number in range(arguments.rounds):
+            given = options(f"{folder}/{number}", -(-arguments.trials // 70), "none")
+            results_in, all_in = ours(cluster, given, values, server.url, arguments.trials)
+            store = Store(given.storage)
+            row = results.get_row(store, min(results.row_keys(store)))
+            typed = logged.typed_params(row, "del")
+            numbers = {name.replace("/", "."): v for name, v in logged.numbers(row, typed).items()}
+            theirs = rival(cluster, server.url, typed, numbers, arguments.rival_trials)
+            print(
+                f"{arguments.trials} trials of {SECONDS} s on {cluster.workers} workers: {results_in:.3f} s beyond "
+                f"the work per trial and slot, {all_in:.3f} s until MLflow had all of them; plain Tune with Ray's "
+                f"MLflow callback ({arguments.rival_trials} trials): {theirs:.3f} s; ratio {theirs / all_in:.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
