@@ -25,8 +25,8 @@ from rich.table import Table
 from jobs.progress import console
 from jobs.session import Options, load_plugins, open_store
 from orchestrator import nodes, tracking
+from orchestrator.cluster import ray_cluster, wants_token
 from orchestrator.nodes import NoAnswerError, Node
-from orchestrator.pool import ray_cluster, wants_token
 from orchestrator.registry import InputError, Plugin, load_plugin
 from orchestrator.store import StorageError, Store
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from jobs.progress import console
 from jobs.session import Session
+from orchestrator.cluster import Cluster, sized
 from orchestrator.compiled import pays
 from orchestrator.experiment import Workspace
 from orchestrator.pipeline import steady
-from orchestrator.pool import Cluster, Pool, sized
+from orchestrator.pool import Pool
 from orchestrator.seeds import generator
 from orchestrator.specs import Setting
 from orchestrator.training import fit

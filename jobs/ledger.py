@@ -18,11 +18,11 @@ from jobs.progress import console
 from jobs.session import Session, ray_job
 from orchestrator import campaigns, costs, results, tracking
 from orchestrator.campaigns import ScoresSummary, Tally
+from orchestrator.cluster import Cluster
 from orchestrator.costs import Outcome, Point, Stretch
 from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.outbox import LAST_SECONDS, STOPPED_SECONDS, Outbox
-from orchestrator.pool import Cluster
 from orchestrator.specs import CampaignSpec, key
 from orchestrator.store import StorageError, Store
 

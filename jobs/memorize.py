@@ -12,9 +12,10 @@ from jobs.progress import console
 from jobs.session import Options, Session, open_session
 from orchestrator import campaigns
 from orchestrator.campaigns import ScoresSummary, Tally
+from orchestrator.cluster import Cluster
 from orchestrator.experiment import Task, Workspace
 from orchestrator.memorization import BLOCK_SIZE
-from orchestrator.pool import Cluster, Pool
+from orchestrator.pool import Pool
 from orchestrator.registry import InputError
 
 MOST_MODELS = 100_000  # of a campaign with a target and no --models

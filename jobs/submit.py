@@ -19,7 +19,7 @@ from jobs import parcel
 from jobs.parcel import EXCLUDED, PROJECT
 from jobs.progress import console
 from jobs.session import git_commit
-from orchestrator.pool import prepare_ray
+from orchestrator.cluster import prepare_ray
 from orchestrator.registry import InputError
 
 _PATIENCE_SECONDS = 300.0  # with a dashboard that does not answer while a job is followed

@@ -19,11 +19,11 @@ from jobs.progress import bars, console
 from jobs.session import Options, Session, open_session, ray_job
 from jobs.tracked import tracked
 from orchestrator import export, results, tracking
+from orchestrator.cluster import Cluster
 from orchestrator.contact import redacted
 from orchestrator.costs import Outcome
 from orchestrator.experiment import Task, Workspace
 from orchestrator.plan import Plan
-from orchestrator.pool import Cluster
 from orchestrator.progress import Progress
 from orchestrator.results import Member, Sweep
 from orchestrator.specs import RunSpec, key

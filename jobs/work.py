@@ -25,6 +25,7 @@ from orchestrator import campaigns
 from orchestrator import plan as planning
 from orchestrator.arms import CAMPAIGN
 from orchestrator.campaigns import ScoresSummary
+from orchestrator.cluster import Cluster, ray_cluster
 from orchestrator.compiled import pays
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset
@@ -32,7 +33,7 @@ from orchestrator.estimates import Estimate, measured
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
 from orchestrator.heartbeats import Command
 from orchestrator.nodes import one_root
-from orchestrator.pool import Cluster, Pool, WorkerDeathError, ray_cluster
+from orchestrator.pool import Pool, WorkerDeathError
 from orchestrator.specs import key
 
 NAMES = {

@@ -20,7 +20,7 @@ import boto3
 import pytest
 from botocore.exceptions import BotoCoreError, ClientError
 
-from orchestrator.pool import prepare_ray
+from orchestrator.cluster import prepare_ray
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # the least that Ray takes
 

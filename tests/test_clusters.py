@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestrator.pool import prepare_ray
+from orchestrator.cluster import prepare_ray
 
 ROOT = Path(__file__).parent.parent
 CLUSTERS = ROOT / "clusters"

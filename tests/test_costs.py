@@ -22,10 +22,10 @@ from jobs.ledger import Ledger
 from jobs.session import Options, Session, open_session
 from orchestrator import costs, results, tracking
 from orchestrator.campaigns import Tally
+from orchestrator.cluster import Cluster
 from orchestrator.costs import Outcome, Stretch
 from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE, block_membership
-from orchestrator.pool import Cluster
 from orchestrator.registry import InputError
 from orchestrator.results import is_made
 from orchestrator.seeds import numpy_generator

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from jobs.doctor import examined
+from orchestrator.cluster import Cluster, ray_cluster
 from orchestrator.data import DATASETS
 from orchestrator.experiment import Context, Workspace
 from orchestrator.nodes import alive, one_root
-from orchestrator.pool import Cluster, NoWorkersError, Pool, ray_cluster
+from orchestrator.pool import NoWorkersError, Pool
 from orchestrator.registry import InputError, read_plugin
 from orchestrator.store import Store
 from orchestrator.sweep import run_trials
@@ -70,7 +71,8 @@ def test_a_node_that_leaves_and_one_that_comes_change_nothing(nodes: Nodes, tmp_
 USER = """
 import sys
 
-from orchestrator.pool import Pool, ray_cluster
+from orchestrator.cluster import ray_cluster
+from orchestrator.pool import Pool
 
 with ray_cluster(address=sys.argv[1]) as cluster, Pool(cluster, dict, patience_seconds=60.0) as pool:
     print(pool.map(lambda _, number: number + 1, range(3)))

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cluster import Cluster, fitting, ray_cluster
 from orchestrator.pipeline import BrokenWorkerError
-from orchestrator.pool import Cluster, Pool, WorkerDeathError, fitting, ray_cluster, ray_map
+from orchestrator.pool import Pool, WorkerDeathError, ray_map
 from orchestrator.registry import InputError
 from orchestrator.sweep import run_trials
 from tests.commands import ROOT
@@ -153,7 +154,8 @@ OWN_RAY = """
 import os
 from pathlib import Path
 
-from orchestrator.pool import Pool, ray_cluster
+from orchestrator.cluster import ray_cluster
+from orchestrator.pool import Pool
 
 with ray_cluster(workers=1) as cluster:
     for token in ("0" * 64, "1" * 64):

@@ -21,7 +21,7 @@ import requests
 from jobs import parcel
 from jobs.parcel import pack
 from jobs.submit import run
-from orchestrator.pool import wants_token
+from orchestrator.cluster import wants_token
 from orchestrator.registry import InputError
 
 ROOT = Path(__file__).parent.parent

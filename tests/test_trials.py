@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from orchestrator import costs, results
-from orchestrator.pool import WorkerDeathError, ray_cluster
+from orchestrator.cluster import ray_cluster
+from orchestrator.pool import WorkerDeathError
 from orchestrator.progress import Watch
 from orchestrator.store import Store
 from tests.commands import command, rows

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from orchestrator.cluster import ray_cluster
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context, Task, Workspace
 from orchestrator.memorization import block_membership
-from orchestrator.pool import Pool, ray_cluster
+from orchestrator.pool import Pool
 from orchestrator.recipes import RECIPES
 from orchestrator.results import unpack
 from orchestrator.store import Store

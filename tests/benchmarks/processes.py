@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from orchestrator.pool import WORKER_ENVIRONMENT
+from orchestrator.cluster import WORKER_ENVIRONMENT
 
 
 class Processes:

@@ -26,8 +26,8 @@ import numpy as np
 from jobs.session import Options, open_session
 from jobs.tracked import LiveTracking
 from orchestrator import logged, results
+from orchestrator.cluster import Cluster, ray_cluster
 from orchestrator.metrics import METRICS
-from orchestrator.pool import Cluster, ray_cluster
 from orchestrator.results import Sweep
 from orchestrator.specs import RunSpec, key
 from orchestrator.store import Store
