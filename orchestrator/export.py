@@ -42,7 +42,9 @@ _FOLDERS = ("rows", "attempts", "scores", "proxies", "influence", exact.TABLES_F
 def _contents(store: Store) -> str:
     """A digest of all that an export is made from, by name, size and time of change."""
     versions = [(name, entry.version) for kind in (METRICS, COMPARISONS) for name, entry in kind.items()]
-    sweeps = [[sweep.key, sweep.caution, *map(vars, sweep.members)] for sweep in results.get_sweeps(store)]
+    sweeps = [
+        [sweep.key, sweep.caution, sweep.selections, *map(vars, sweep.members)] for sweep in results.get_sweeps(store)
+    ]
     # sweeps by what is read of them: their records are put again with each command
     read = [SCHEMA_VERSION, versions, sweeps, *(store.stamps(folder) for folder in _FOLDERS)]
     return hashlib.sha256(canonical_json(read).encode()).hexdigest()[:32]
