@@ -26,6 +26,7 @@ from jobs.progress import console
 from jobs.session import Options, load_plugins, open_store
 from orchestrator import nodes, tracking
 from orchestrator.cluster import ray_cluster, wants_token
+from orchestrator.contact import redacted
 from orchestrator.nodes import NoAnswerError, Node
 from orchestrator.registry import InputError, Plugin, load_plugin
 from orchestrator.store import StorageError, Store
@@ -218,7 +219,7 @@ def _mlflow(store: Store, given: str | None) -> Finding:
         tracking.probe(uri, store)
     except InputError as error:
         return Finding("mlflow", "here", "failed", str(error))
-    return Finding("mlflow", "here", "ok", f"a run and an artifact can be written to {uri}")
+    return Finding("mlflow", "here", "ok", f"a run and an artifact can be written to {redacted(uri)}")
 
 
 def examined(found: Sequence[Node], store: Store | None, plugins: tuple[Plugin, ...]) -> Iterator[Finding]:

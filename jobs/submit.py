@@ -25,7 +25,7 @@ from orchestrator.registry import InputError
 _PATIENCE_SECONDS = 300.0  # with a dashboard that does not answer while a job is followed
 _LEAST_SECRET = 8  # characters from which on an environment variable's value is looked for in a command
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|ACCESS_KEY|API_KEY", re.I)
-_IN_URL = re.compile(r"\w://[^/\s@]*:[^/\s@]+@|[?&](access_key|secret_key|session_token|password|token)=", re.I)
+_IN_URL = re.compile(r"\w://\S*:\S+@|[?&][\w-]*(password|passwd|token|secret|key)=", re.I)
 _STOPPED = 130  # as of any command that was interrupted
 
 

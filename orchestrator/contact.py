@@ -43,7 +43,8 @@ def tracking_uri(store: Store, given: str | None) -> str | None:
 
 def redacted(text: str) -> str:
     """A text without the passwords of the addresses in it, nor those of the environment."""
-    plain = re.sub(r"(?<=//)[^/@\s'\"]*@", "***@", text)
+    plain = re.sub(r"(?<=//)[^\s'\"]*@", "***@", text)  # up to the last @: a password may hold one, and a slash
+    plain = re.sub(r"(?i)([?&][\w-]*(?:password|passwd|token|secret|key)=)[^&\s'\"]*", r"\1***", plain)
     for name in (_PASSWORD, _TOKEN):
         if secret := os.environ.get(name):
             plain = plain.replace(secret, "***")

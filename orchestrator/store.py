@@ -54,6 +54,11 @@ class Store:
     def __post_init__(self) -> None:
         if not self.root.strip() or (not self.is_local and not re.match("s3://[^/]", self.root)):
             raise InputError(f"storage is {self.root!r}; allowed: a local folder or s3://bucket/prefix")
+        if not self.is_local and re.match("s3://[^/]*[:@]", self.root):
+            raise InputError(
+                "storage names a user or a password before its bucket; allowed: s3://bucket/prefix, with "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY set in the environment"
+            )
         if self.is_local:
             object.__setattr__(self, "root", str(Path(self.root).expanduser().absolute()))
 

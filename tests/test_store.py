@@ -231,6 +231,13 @@ def test_other_kinds_of_storage_are_refused(root: str) -> None:
         Store(root)
 
 
+@pytest.mark.parametrize("root", ["s3://KEYID:hunter2@bucket/x", "s3://KEYID:hunt/er2@bucket", "s3://KEYID@bucket"])
+def test_a_root_that_holds_a_secret_is_refused_without_showing_it(root: str) -> None:
+    with pytest.raises(InputError, match="set in the environment") as caught:
+        Store(root)
+    assert not re.search("KEYID|hunt", str(caught.value))
+
+
 # ---- S3 ------------------------------------------------------------------------------------------------------------
 
 

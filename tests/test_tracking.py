@@ -18,7 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from jobs import session, track, tracked
+from jobs import session, submit, track, tracked
 from jobs.tracked import LiveTracking
 from orchestrator import logged, results
 from orchestrator.contact import EXPERIMENT, redacted, tracking_uri
@@ -499,6 +499,27 @@ def test_what_bars_the_way_is_said_in_one_sentence_without_secrets(
         assert "\n" not in said
         assert "***@127.0.0.1" in said
     assert redacted("python -m jobs --tracking-uri http://a:b@c/d") == "python -m jobs --tracking-uri http://***@c/d"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://bob:hunter2@host:5000/x",
+        "postgresql://bob:hunt/er2@host/db",
+        "http://bob:hunt@er2@host",
+        "postgresql+psycopg2://host/db?user=bob&password=hunter2&sslmode=require",
+        "s3://bucket/x?secret_key=hunter2",
+    ],
+)
+def test_no_password_of_an_address_is_shown_or_submitted(uri: str) -> None:
+    said = redacted(f"MLflow does not answer at '{uri}': no route")
+    assert not re.search("hunt|er2", said)
+    assert said.startswith("MLflow does not answer at '")
+    assert said.endswith("': no route")
+    with pytest.raises(InputError, match="holds a password inside a URL"):
+        submit.run(
+            ["sweep", "digits", "--storage", "/shared", "--tracking-uri", uri], "http://127.0.0.1:1", None, wait=True
+        )
 
 
 def test_other_first_contacts_end_in_a_sentence_too(store: Store, tmp_path: Path) -> None:
