@@ -1,4 +1,5 @@
 import os
+import re
 import resource
 import shutil
 import socket
