@@ -156,7 +156,8 @@ def caption(found: Sequence[Choice]) -> str:
     """How the cells of one forget set were chosen."""
     first = found[0]
     took = (
-        f"{first.num_references} models retrained without it took part in the choice"
+        f"{first.num_references} models retrained without it took part in the choice, and what they scatter moves all "
+        "cells of the set together and is not in ±, which is over the seeds of the runs alone"
         if first.num_references
         else "no retrained model took part in the choice"
     )
@@ -174,7 +175,8 @@ def summary(found: Sequence[Choice]) -> list[str]:
         text.append(
             f"From the tuning runs to the reported ones the criterion changes by {np.mean(changes):+.3f}, the mean "
             f"over {len(changes)} cells (from {min(changes):+.3f} to {max(changes):+.3f}). Below zero a choice looked "
-            "better than it turned out: the best of several noisy values, or on a set unlike the reported one."
+            "better than it turned out: the best of several noisy values, or on a set unlike the reported one; or the "
+            "few references of the two sets differ, by which all cells move together."
         )
     edges = sum(bool(choice.edges) for choice in kept)
     if edges:

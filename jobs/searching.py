@@ -65,10 +65,14 @@ class Asking:
         return missing
 
     def tasks(self, first: Sequence[Task]) -> Iterator[Task]:
-        """The runs that are missing of what was chosen before, then those of new choices."""
+        """The runs that are missing of what was chosen before, then those of new choices; each once."""
+        given = {key(task.spec) for task in first}
         yield from first
         while self.num_left:
-            yield from self.ask()
+            for task in self.ask():
+                if key(task.spec) not in given:  # the same setting may be chosen while its runs are on their way
+                    given.add(key(task.spec))
+                    yield task
 
     def value_of(self, values: Mapping[str, Any]) -> float | None:
         """The objective of a setting, a mean over its seeds; None where a run of it is not there."""

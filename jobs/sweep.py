@@ -140,7 +140,9 @@ def _num_left(session: Session, cost: work.Cost, asking: searching.Asking | None
     left = [task for task in ready if task.kind == "block" or (task.kind, key(task.spec)) not in over]
     if any(outcome.kind == "model" for outcome in cost.failures):
         left = [task for task in left if task.kind != "block"]
-    return len(left) + plan.undecided + (asking.num_left if asking and not cost.failures else 0)
+    tuning = plan.tuning.against(session.store) if plan.tuning is not None and plan.undecided else None
+    before = len(tuning.missing(_prepared(tuning) + tuning.runs())) if tuning is not None else 0
+    return before + len(left) + plan.undecided + (asking.num_left if asking and not cost.failures else 0)
 
 
 def _prepared(plan: Plan) -> list[Task]:

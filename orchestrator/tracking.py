@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import tempfile
 import time
@@ -193,10 +194,10 @@ class Tracker:
         with attempted():
             if level is not None and not self.is_level(level := list(level)):
                 self.client.set_tag(self._parent, LEVEL_TAG, _digest(level))
-            if self.driver is not None:
-                self.client.delete_tag(self._parent, DRIVER_TAG)
             if self._status != status:
                 self.client.set_terminated(self._parent, status, end_time=self._ended)
+            if self.driver is not None:
+                _release(self.client, self._parent)
 
 
 @dataclass
@@ -267,10 +268,10 @@ class CampaignTracker:
                 self.client.set_tag(self._run, SCORES_TAG, stretch.scores_key)
                 self.client.set_tag(self._run, GATE_TAG, "passed" if stretch.passes_gate else "failed")
             _attach(self.client, self._run, artifacts)
-            if self.driver is not None:
-                self.client.delete_tag(self._run, DRIVER_TAG)
             status = {"finished": "FINISHED", "failed": "FAILED"}.get(stretch.status, "KILLED")
             self.client.set_terminated(self._run, status, end_time=int(stretch.ended * 1000))
+            if self.driver is not None:
+                _release(self.client, self._run)
 
 
 POINT_METRIC = "device_hours"  # every point of a campaign has it
@@ -300,8 +301,8 @@ def end_abandoned(uri: str, store: Store) -> int:
         drivers = {run.info.run_id: Driver.read(run.data.tags[DRIVER_TAG]) for run in found}
         dead = [run for run, driver in drivers.items() if driver is not None and driver.is_dead]
         for run in dead:
-            client.delete_tag(run, DRIVER_TAG)
             client.set_terminated(run, "KILLED")
+            _release(client, run)
     return len(dead)
 
 
@@ -344,6 +345,14 @@ def _search(tracker: Tracker | CampaignTracker, filter_string: str) -> Iterator[
         token = page.token
         if not token:
             return iter(found)
+
+
+def _release(client: MlflowClient, run: str) -> None:
+    """Take its driver's mark off a run; another command may have done so."""
+    from mlflow.exceptions import MlflowException
+
+    with contextlib.suppress(MlflowException):
+        client.delete_tag(run, DRIVER_TAG)
 
 
 def _digest(keys: Iterable[str]) -> str:

@@ -91,6 +91,7 @@ def waiting(tmp_path: Path) -> Waiting:
         process.wait()
 
 
+@pytest.mark.chaos
 def test_an_interrupt_among_the_trials_is_never_an_end_and_the_same_command_goes_on(waiting: Waiting) -> None:
     """Tune itself answers SIGINT by returning as if all were done."""
     process = waiting.start()

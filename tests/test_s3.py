@@ -43,6 +43,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield url
 
 
+@pytest.mark.chaos
 def test_a_sweep_its_status_its_report_and_mlflow_on_a_busy_and_slow_s3(
     endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_recipe_and_methods_of_ones_own_run_there_under_a_name_that_runs_once(
     assert "unknown recipe 'digit'" in bad.stdout
 
 
+@pytest.mark.chaos
 def test_what_rays_own_submission_began_and_ray_job_stop_ended_goes_on_with_the_same_command(
     cluster: tuple[str, dict[str, str]], tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_random_search_runs_its_draws_for_every_seed_and_says_the_space(drawn:
     assert "runs: 6 in the store, 4 to compute" in more.stdout
 
 
+@pytest.mark.chaos
 def test_a_killed_optuna_sweep_goes_on_with_the_same_choices(drawn: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for store in (whole, killed):
