@@ -227,7 +227,8 @@ class Chaos:
             if (code := self.driver.poll()) is not None:
                 self.ends[code] += 1
                 self.say(f"{done} stored: process {self.driver.pid} ended with {code}")
-                assert code in (0, 1, 2, 130, -signal.SIGKILL), self.log.read_text()[-5000:]
+                early = -signal.SIGTERM  # stopped before Python could take a signal
+                assert code in (0, 1, 2, 130, early, -signal.SIGKILL), self.log.read_text()[-5000:]
                 self.driver = None
             time.sleep(0.2)
         for _, action in self.later:
