@@ -78,6 +78,7 @@ def fill(given: Options) -> int:
     numbered = [(number, spec) for number, spec in enumerate(specs) if isinstance(spec, RunSpec)]
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(partial(put, Store(given.storage), values), numbered))
+    results.put_sweep(Store(given.storage), plan.sweep({"created_at": 0.0}))
     return len(numbered)
 
 
