@@ -323,6 +323,14 @@ def test_a_sweep_that_is_running_is_left_alone_and_one_whose_driver_died_is_ende
     assert statuses == {"parent": "KILLED"} | dict.fromkeys(KEYS[:4], "FINISHED")
 
 
+def test_two_commands_that_end_one_after_the_other_both_end_well(store: Store, uri: str) -> None:
+    trackers = [connect(uri, store, SWEEP, live=True) for _ in range(2)]
+    for tracker in trackers:
+        tracker.finish("FINISHED")  # the second finds the driver's mark gone
+    parent = runs_of(uri)["parent"]
+    assert (parent.info.status, DRIVER_TAG in parent.data.tags) == ("FINISHED", False)
+
+
 def test_a_driver_is_told_from_one_of_its_number_and_from_other_hosts() -> None:
     me = this_driver()
     assert me.is_alive
