@@ -91,7 +91,8 @@ def test_a_user_with_a_token_reaches_a_cluster_that_wants_none(nodes: Nodes, tmp
         return subprocess.run(words, cwd=ROOT, env=user | more, capture_output=True, text=True, timeout=200)
 
     done = reach()
-    assert (done.stdout.endswith("[1, 2, 3]\n"), done.returncode) == (True, 0), done.stdout + done.stderr
+    # Ray prints among the driver's lines what befell other nodes: the ones that earlier tests took away.
+    assert ("[1, 2, 3]" in done.stdout.splitlines(), done.returncode) == (True, 0), done.stdout + done.stderr
     assert "RAY_AUTH_MODE is token, and the cluster was started without" in reach(RAY_AUTH_MODE="token").stderr
     nodes.remove(node)
 
