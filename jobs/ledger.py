@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -23,6 +24,7 @@ from orchestrator.costs import Outcome, Point, Stretch
 from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.outbox import LAST_SECONDS, STOPPED_SECONDS, Outbox
+from orchestrator.registry import canonical_json
 from orchestrator.specs import CampaignSpec, key
 from orchestrator.store import StorageError, Store
 
@@ -52,15 +54,20 @@ def stretch_of(
 
 
 def found(session: Session, summary: ScoresSummary | None) -> None:
-    """Record that a campaign was wanted and all of it was in the store."""
+    """Record that a campaign was wanted and all of it was in the store: once, however often the command is repeated."""
     if summary is None:
         return
     campaign = session.study.campaign_spec(session.dataset.fingerprint)
     stretch = stretch_of(session, campaign, summary.models)
+    about = canonical_json([stretch.command, stretch.recipe, stretch.campaign, summary.models])
+    name = f"found-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    if costs.has_stretch(session.store, key(campaign), name):
+        return
     costs.put_stretch(
         session.store,
         replace(
             stretch,
+            name=name,
             status="finished",
             began=stretch.created,
             ended=stretch.created,

@@ -209,7 +209,15 @@ def workers_of(outcomes: Iterable[Outcome], number: int) -> tuple[Worker, ...]:
 
 
 def put_stretch(store: Store, stretch: Stretch) -> None:
-    store.put(f"costs/{stretch.campaign or 'runs'}/{stretch.name}.json", seal(asdict(stretch)))
+    store.put(_object(stretch.campaign, stretch.name), seal(asdict(stretch)))
+
+
+def has_stretch(store: Store, campaign: str | None, name: str) -> bool:
+    return store.exists(_object(campaign, name))
+
+
+def _object(campaign: str | None, name: str) -> str:
+    return f"costs/{campaign or 'runs'}/{name}.json"
 
 
 def get_stretches(store: Store, campaign: str | None = None) -> list[Stretch]:

@@ -20,7 +20,7 @@ from analysis import report
 from jobs import ledger, track, work
 from jobs.ledger import Ledger
 from jobs.session import Options, Session, open_session
-from orchestrator import costs, results, tracking
+from orchestrator import costs, export, results, tracking
 from orchestrator.campaigns import Tally
 from orchestrator.cluster import Cluster
 from orchestrator.costs import Outcome, Stretch
@@ -296,3 +296,19 @@ def test_a_failure_is_over_when_all_of_it_is_there_or_the_block_that_it_was_for(
             store.put(name, b"x")
         attempt = results.Attempt("k", {}, "failed", "error", {"objects": objects, "whole": whole})
         assert is_made(store, attempt) == over
+
+
+def test_what_a_repeated_command_finds_is_counted_once_and_keeps_the_export_fresh(tmp_path: Path) -> None:
+    session = session_of(tmp_path / "store", 30)
+    compute(session)
+    session = session_of(tmp_path / "store", 30)
+    summary = work.campaign_scores(session)
+    found: list[int] = []
+    ids: list[str] = []
+    for asked in (session, session, replace(session, study=session.study.model_copy(update={"recipe": "another"}))):
+        ledger.found(asked, summary)
+        export.ensure(session.store)
+        found.append(len(costs.get_stretches(session.store)))
+        ids.append(results.table_metadata(session.store, "exports/costs.parquet")["export_id"])
+    assert found == [2, 2, 3], "the one that trained, and what each recipe found"
+    assert ids[0] == ids[1] != ids[2]
