@@ -95,7 +95,11 @@ class Task:
     def label(self) -> str:
         """What the task is, in a few words."""
         if isinstance(self.spec, RunSpec):
-            return f"{self.spec.method.name} on {self.spec.forget.rule.name}, seed {self.spec.seed}"
+            method, mask = self.spec.method, self.spec.mask
+            varied = [mask.strategy.name + (f" {mask.budget:g}" if mask.budget else "")] if mask else []
+            varied += [f"lr {method.options['lr']}"] if "lr" in method.options else []
+            by = f" ({', '.join(varied)})" if varied else ""
+            return f"{method.name}{by} on {self.spec.forget.rule.name}, seed {self.spec.seed}"
         if isinstance(self.spec, LocalizationSpec):
             return f"{self.spec.strategy.name} on {self.spec.forget.rule.name}"
         if isinstance(self.spec, CampaignSpec):
