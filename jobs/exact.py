@@ -12,7 +12,8 @@ from jobs.memorize import Goal
 from jobs.progress import console
 from jobs.report import exports
 from jobs.session import Options, Session, open_session
-from orchestrator import exact, export, results
+from orchestrator import exact, export
+from orchestrator.arrays import check_whole
 from orchestrator.experiment import Task, Workspace, memorization_scores
 from orchestrator.pool import Pool
 from orchestrator.registry import InputError
@@ -33,7 +34,7 @@ def run(options: Options, asked: str, seeds: int, goal: Goal) -> None:
         console.print(f"models for exact scores: {done} in the store, {len(missing)} to train", highlight=False)
         return
     present = session.plan.present
-    results.check_arrays(session.store, [task.object_name for task in tasks if task.object_name in present])
+    check_whole(session.store, [task.object_name for task in tasks if task.object_name in present])
     cost = work.Cost(cached=len(tasks) - len(missing))
     if missing:
         with work.cluster_of(session) as cluster:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator import results
+from orchestrator.arrays import CHECKSUMS, metadata_of, pack, unpack, unpack_some
 from orchestrator.data import Dataset
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.store import Store
@@ -39,10 +39,10 @@ def put_together(store: Store, campaign: str, block: int, membership: np.ndarray
     if not set(names) <= {f"{folder}/{name}" for name in store.names(folder)}:
         return
     try:
-        parts = [results.unpack(store, name) for name in names]
-        said = [results.metadata_of(store, name) for name in names]
+        parts = [unpack(store, name) for name in names]
+        said = [metadata_of(store, name) for name in names]
         for each in said:
-            each.pop(results.CHECKSUMS, None)  # of the model's arrays; the block has its own
+            each.pop(CHECKSUMS, None)  # of the model's arrays; the block has its own
     except FileNotFoundError:
         if store.exists(whole):
             return
@@ -50,7 +50,7 @@ def put_together(store: Store, campaign: str, block: int, membership: np.ndarray
     arrays = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     if not store.exists(whole):
         metadata = {_MODELS: json.dumps(said)}
-        store.put(whole, results.pack({"membership": membership, **arrays}, metadata))
+        store.put(whole, pack({"membership": membership, **arrays}, metadata))
     for name in names:
         store.delete(name)
 
@@ -88,7 +88,7 @@ class Block:
 def get_block(store: Store, campaign: str, block: int, dataset: Dataset, splits: Sequence[str]) -> Block:
     """Read of a block what is asked for; raises InputError where it is damaged."""
     small = ("membership", "in_accuracy", "test_accuracy", "seconds")
-    arrays, metadata = results.unpack_some(
+    arrays, metadata = unpack_some(
         store, block_name(campaign, block), lambda name: name in small or any(is_of(split, name) for split in splits)
     )
     said = json.loads(metadata[_MODELS]) if _MODELS in metadata else [{}] * BLOCK_SIZE

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator import results
+from orchestrator.arrays import pack, unpack
 from orchestrator.blocks import SubsetModel, get_block
 from orchestrator.data import Dataset
 from orchestrator.experiment import memorization_scores
@@ -136,7 +137,7 @@ class Tally:
         blocks = max((int(name) for name in kept if name.isdigit() and int(name) <= most), default=0)
         if not blocks:
             return
-        arrays = results.unpack(self.store, f"{folder}/{blocks}.safetensors")
+        arrays = unpack(self.store, f"{folder}/{blocks}.safetensors")
         for half in range(min(2, blocks)):
             kinds = [
                 {name.split(".")[2]: array for name, array in arrays.items() if name.startswith(f"{half}.{kind}.")}
@@ -151,7 +152,7 @@ class Tally:
         for place, half in enumerate(self._halves):
             for kind, sums in vars(half).items() if half is not None else ():
                 arrays |= {f"{place}.{kind}.{name}": array for name, array in vars(sums).items()} if sums else {}
-        self.store.put(f"{self._folder}/{self.blocks}.safetensors", results.pack(arrays))
+        self.store.put(f"{self._folder}/{self.blocks}.safetensors", pack(arrays))
 
     @property
     def _folder(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from orchestrator import pipeline, results
+from orchestrator.arrays import pack, unpack
 from orchestrator.data import Dataset
 from orchestrator.forget_sets import checked_indices, parse_indices
 from orchestrator.memorization import MemorizationScores, Tallied, count, estimate, moments
@@ -105,7 +106,7 @@ def train(lab: Lab, store: Store, spec: SingleSpec) -> None:
     setting = spec.setting
     arrays = pipeline.train_single(lab, setting.model, setting.training.build(), spec.left_out, spec.seed)
     metadata = {"host": socket.gethostname(), "numerics": lab.subset_numerics}
-    store.put(single_object(key(spec)), results.pack(arrays, metadata))
+    store.put(single_object(key(spec)), pack(arrays, metadata))
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -156,4 +157,4 @@ def put_scores(store: Store, spec: ExactSpec, dataset: Dataset, selection: str =
 
 
 def _unpacked(store: Store, single: SingleSpec) -> dict[str, np.ndarray]:
-    return results.unpack(store, single_object(key(single)))
+    return unpack(store, single_object(key(single)))

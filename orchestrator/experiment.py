@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator import exact, pipeline, results
+from orchestrator.arrays import checksums, metadata_of, pack, unpack
 from orchestrator.blocks import block_name, model_name, put_together
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset, Splits
@@ -231,7 +232,7 @@ class Workspace:
                 )
             stream = canonical_json([spec.seed, *purpose])
             metadata = {"host": socket.gethostname(), "numerics": self.lab.subset_numerics, "stream": stream}
-            self.store.put(task.object_name, results.pack(arrays, metadata))
+            self.store.put(task.object_name, pack(arrays, metadata))
             trained = 1
         if self.store.exists(whole):  # another driver on this store was faster
             self.store.delete(task.object_name)
@@ -352,7 +353,7 @@ class Workspace:
         if spec.localization is None:
             return None
         name = Task("localization", spec.localization).object_name
-        said = self._kept_or(f"header of {name}", lambda: results.metadata_of(self.store, name))
+        said = self._kept_or(f"header of {name}", lambda: metadata_of(self.store, name))
         return float(said["seconds"]) if "seconds" in said else None
 
     def forget(self, spec: ForgetSpec) -> tuple[np.ndarray, Splits]:
@@ -403,11 +404,11 @@ class Workspace:
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         # through numpy: one reader, and one sentence for a damaged object
-        return {part: torch.tensor(array) for part, array in results.unpack(self.store, name).items()}
+        return {part: torch.tensor(array) for part, array in unpack(self.store, name).items()}
 
     def _put_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         plain = {part: tensor.detach().cpu().contiguous() for part, tensor in tensors.items()}
-        sums = results.checksums({part: tensor.numpy() for part, tensor in plain.items()})
+        sums = checksums({part: tensor.numpy() for part, tensor in plain.items()})
         self.store.put(name, safetensors.torch.save(plain, {**(metadata or {}), **sums}))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from orchestrator import results, selections
 from orchestrator.arms import CAMPAIGN
+from orchestrator.arrays import check_whole
 from orchestrator.axes import Distribution
 from orchestrator.data import Dataset
 from orchestrator.experiment import Task, forget_indices, scores_object
@@ -283,7 +284,7 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
     needed = [task.object_name for task in (*plan.blocks(), *plan.originals(), *plan.localizations())]
     for block in plan.missing(plan.blocks()):
         needed += [Task("model", block.spec, block.block, member).object_name for member in range(BLOCK_SIZE)]
-    results.check_arrays(store, [name for name in needed if name in present])
+    check_whole(store, [name for name in needed if name in present])
     if study.searched():
         check_objective(study.search.objective, ["forget", "retain", *(s for s in _OTHERS if len(dataset.splits[s]))])
     if study.scheduler is not None:

@@ -1,24 +1,21 @@
-"""Finished runs: rows, attempts and sweeps in the store, outputs and blocks as bytes, and tables."""
+"""Finished runs: rows, attempts, sweeps, outputs and tables in the store."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import safetensors.numpy
 from pydantic import ValidationError
-from safetensors import SafetensorError
 
+from orchestrator.arrays import damaged, not_whole, pack, unpack, unpack_some
 from orchestrator.data import Outputs, SplitOutputs
 from orchestrator.pipeline import REFERENCE, Layer
 from orchestrator.registry import InputError, canonical_json
@@ -209,128 +206,7 @@ def get_sweeps(store: Store) -> list[Sweep]:
     return [sweep for sweep in found if sweep is not None]
 
 
-# ---- arrays --------------------------------------------------------------------------------------------------------
-
-
-def pack(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Arrays by name as one safetensors object, which carries a checksum of each."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    return safetensors.numpy.save(contiguous, {**(metadata or {}), **checksums(contiguous)})
-
-
-CHECKSUMS = "crc32"  # the metadata that hold them
-
-
-def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The metadata by which readers tell that bytes have changed."""
-    return {CHECKSUMS: json.dumps({name: _checksum(array) for name, array in sorted(arrays.items())})}
-
-
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _verify(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Raise ValueError where an array is not what its checksum says; objects from before they were kept have none."""
-    known = json.loads(metadata.get(CHECKSUMS, "{}"))
-    for name, array in arrays.items():
-        if name in known and _checksum(array) != known[name]:
-            raise ValueError(f"the bytes of {name} do not match their checksum")
-
-
-def unpack(store: Store, name: str) -> dict[str, np.ndarray]:
-    """The arrays of a stored safetensors object; raises InputError where it is damaged."""
-    content = store.get(name)
-    try:
-        arrays = safetensors.numpy.load(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        _verify(arrays, header.get("__metadata__", {}))
-    except (SafetensorError, ValueError) as error:
-        raise _damaged(store, name, error) from None
-    return arrays
-
-
-_USUAL_HEADER = 8192  # bytes that hold most headers: one read
-_TYPES = {
-    "BOOL": bool,
-    "U8": np.uint8,
-    "F16": np.float16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "I32": np.int32,
-    "I64": np.int64,
-}
-
-
-def unpack_some(store: Store, name: str, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The wanted arrays of a stored safetensors object, and its metadata; the rest of it is not read.
-
-    Raises InputError where it is damaged. Arrays are read-only.
-    """
-    try:
-        header, start = _header(store, name)
-        metadata = header.pop("__metadata__", {})
-        chosen = {part: place for part, place in header.items() if wanted(part)}
-        places = [place["data_offsets"] for place in chosen.values()]
-        ranges = [(start + first, last - first) for first, last in places]
-        arrays = {
-            part: np.frombuffer(content, _TYPES[place["dtype"]]).reshape(place["shape"])
-            for (part, place), content in zip(chosen.items(), store.ranges_of(name, ranges), strict=True)
-        }
-        _verify(arrays, metadata)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _damaged(store, name, error) from None
-    return arrays, metadata
-
-
-def _header(store: Store, name: str) -> tuple[dict[str, Any], int]:
-    """The header of a stored safetensors object, and where its arrays begin."""
-    content = store.start_of(name, _USUAL_HEADER)
-    end = 8 + int.from_bytes(content[:8], "little")
-    if end > len(content):
-        if end > store.size(name):
-            raise ValueError(f"a header of {end} bytes in an object that is shorter")
-        content = store.start_of(name, end)
-    header: dict[str, Any] = json.loads(content[8:end])
-    return header, end
-
-
-def _damaged(store: Store, name: str, error: Exception) -> InputError:
-    return InputError(
-        f"{store.url(name)} is damaged ({error}); remove it and run the same command again, which computes it anew"
-    )
-
-
-def check_arrays(store: Store, names: Sequence[str]) -> None:
-    """Raise InputError for the first stored safetensors object that is cut or has no header; reads headers alone."""
-    for name in _not_whole(store, names):
-        raise InputError(
-            f"{store.url(name)} is damaged; remove it and run the same command again, which computes it anew"
-        )
-
-
-def _not_whole(store: Store, names: Sequence[str]) -> list[str]:
-    with ThreadPoolExecutor(16) as threads:
-        return [n for n, whole in zip(names, threads.map(partial(_is_whole, store), names), strict=True) if not whole]
-
-
-def _is_whole(store: Store, name: str) -> bool:
-    try:
-        size, start = store.size(name), store.start_of(name, 8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or size < 8 + length:
-            return False
-        header = json.loads(store.start_of(name, 8 + length)[8:])
-        end = max((part["data_offsets"][1] for part in header.values() if "data_offsets" in part), default=0)
-    except (FileNotFoundError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return False
-    return isinstance(end, int) and size == 8 + length + end
-
-
-def metadata_of(store: Store, name: str) -> dict[str, str]:
-    """What the header of a stored safetensors object says beside its arrays."""
-    found: dict[str, str] = _header(store, name)[0].get("__metadata__", {})
-    return found
+# ---- outputs -------------------------------------------------------------------------------------------------------
 
 
 def put_outputs(store: Store, key: str, outputs: Outputs) -> None:
@@ -344,7 +220,7 @@ def put_outputs(store: Store, key: str, outputs: Outputs) -> None:
 
 def check_outputs(store: Store, keys: Sequence[str]) -> None:
     """Raise InputError for the first finished run whose outputs are lost or cut; reads headers alone."""
-    for name in _not_whole(store, [f"outputs/{run}.safetensors" for run in keys]):
+    for name in not_whole(store, [f"outputs/{run}.safetensors" for run in keys]):
         raise _lost(store, PurePosixPath(name).stem)
 
 
@@ -412,4 +288,4 @@ def get_table(store: Store, name: str) -> pa.Table:
         with pq.ParquetFile(pa.BufferReader(content)) as file:  # read_table imports pandas, which takes half a second
             return file.read()
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(store, name, error) from None
+        raise damaged(store, name, error) from None

@@ -13,6 +13,7 @@ from analysis import load, report
 from jobs import influence as job
 from jobs.session import Options, make_study
 from orchestrator import campaigns, export, results
+from orchestrator.arrays import pack
 from orchestrator.blocks import block_name, get_block
 from orchestrator.data import Dataset
 from orchestrator.memorization import block_membership
@@ -71,7 +72,7 @@ def put_blocks(
             for name, value in (("in_accuracy", 0.99), ("test_accuracy", 0.5 + block / 100), ("seconds", 1.5)):
                 arrays[name].append(np.array(value))
         stacked = {name: np.stack(parts) for name, parts in arrays.items()}
-        content = results.pack({"membership": membership, **stacked}, {"host": "elsewhere", "numerics": "cpu"})
+        content = pack({"membership": membership, **stacked}, {"host": "elsewhere", "numerics": "cpu"})
         store.put(block_name(key(campaign), block), content)
 
 

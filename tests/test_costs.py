@@ -21,6 +21,7 @@ from jobs import ledger, track, work
 from jobs.ledger import Ledger
 from jobs.session import Options, Session, open_session
 from orchestrator import costs, export, results, tracking
+from orchestrator.arrays import pack
 from orchestrator.campaigns import Tally
 from orchestrator.cluster import Cluster
 from orchestrator.costs import Outcome, Stretch
@@ -182,7 +183,7 @@ def put_block(session: Session, block: int) -> None:
         "test_accuracy": np.full(BLOCK_SIZE, 0.5),
         "seconds": np.full(BLOCK_SIZE, 2.0),
     }
-    session.store.put(Task("block", spec, block).object_name, results.pack(arrays))
+    session.store.put(Task("block", spec, block).object_name, pack(arrays))
 
 
 def compute(session: Session, stop: int | None = None) -> Stretch:

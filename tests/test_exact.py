@@ -17,6 +17,7 @@ from jobs import exact as job
 from jobs.memorize import Goal
 from jobs.session import Options
 from orchestrator import exact, pipeline, results
+from orchestrator.arrays import unpack
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context, Task, Workspace
 from orchestrator.models import MODELS
@@ -108,10 +109,10 @@ def test_exact_scores_equal_a_case_worked_by_hand(dataset: Dataset, tmp_path: Pa
         assert line["high"] - line["low"] == pytest.approx(0, abs=1e-6)
     assert all(line["low"] <= line["score"] <= line["high"] for line in lines)
     # models with all examples know all; those without one know the other eleven
-    single = results.unpack(store, exact.single_object(key(SingleSpec(setting=spec.setting, left_out=4, seed=1))))
+    single = unpack(store, exact.single_object(key(SingleSpec(setting=spec.setting, left_out=4, seed=1))))
     assert (single["accuracy"], single["correct"].tolist()) == (1.0, [False])
     assert single["test_accuracy"] == 1.0
-    both = results.unpack(store, exact.single_object(key(SingleSpec(setting=spec.setting, left_out=None, seed=1))))
+    both = unpack(store, exact.single_object(key(SingleSpec(setting=spec.setting, left_out=None, seed=1))))
     assert both["correct"].all()
     assert both["probability"].shape == (SIZE,)
 

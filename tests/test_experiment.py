@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator import campaigns, export, results
 from orchestrator import plan as planning
+from orchestrator.arrays import pack, unpack
 from orchestrator.blocks import get_block, parts_of
 from orchestrator.costs import Outcome
 from orchestrator.data import DATASETS, Dataset, Examples, Outputs
@@ -260,8 +261,8 @@ def test_originals_references_and_unlearning_train_on_augmented_images(dataset: 
     _, other = performed(dataset, tmp_path / "augmented", shifted)
     assert plain.original is not None
     assert shifted.original is not None
-    before = results.unpack(store, Task("original", plain.original).object_name)
-    after = results.unpack(other, Task("original", shifted.original).object_name)
+    before = unpack(store, Task("original", plain.original).object_name)
+    after = unpack(other, Task("original", shifted.original).object_name)
     assert any(not np.array_equal(before[name], after[name]) for name in before)
     assert metrics_of(store, plain) != metrics_of(other, shifted)
 
@@ -385,8 +386,8 @@ def block_from(
     workspaces = [Workspace(dataset, Context(store)) for _ in range(workers)]
     tasks = [Task("model", campaign, 3, member) for member in order]
     outcomes = [workspaces[place % workers].perform(task) for place, task in enumerate(tasks)]
-    arrays = results.unpack(store, Task("block", campaign, 3).object_name)
-    return results.pack({name: array for name, array in arrays.items() if name != "seconds"}), outcomes, store
+    arrays = unpack(store, Task("block", campaign, 3).object_name)
+    return pack({name: array for name, array in arrays.items() if name != "seconds"}), outcomes, store
 
 
 def test_a_block_is_the_same_whatever_the_order_and_the_workers_of_its_models(dataset: Dataset, tmp_path: Path) -> None:
@@ -395,7 +396,7 @@ def test_a_block_is_the_same_whatever_the_order_and_the_workers_of_its_models(da
     assert {outcome.error for outcome in outcomes} == {None}
     assert [name for name in store.names("campaigns") if "/parts/" in name] == []
     assert first == block_from(dataset, tmp_path / "other", [7, 3, 9, 0, 1, 8, 2, 6, 5, 4], workers=3)[0]
-    arrays = results.unpack(store, Task("block", campaign_of(dataset), 3).object_name)
+    arrays = unpack(store, Task("block", campaign_of(dataset), 3).object_name)
     assert (arrays["membership"].sum(axis=0) == 7).all()
     right = arrays["train"].argmax(axis=2) == dataset.split_labels("train")
     shares = [right[member][arrays["membership"][member].astype(bool)].mean() for member in range(10)]
@@ -418,13 +419,13 @@ def test_what_a_killed_campaign_left_is_gone_on_from(dataset: Dataset, tmp_path:
     assert [task.member for task in plan.models([Task("block", campaign, 3)])] == [1, 2, 3, 5, 6, 7, 8, 9]
     for member in (1, 2, 3, 5, 6, 7, 8):
         workspace.perform(Task("model", campaign, 3, member))
-    arrays = results.unpack(store, Task("block", campaign, 3).object_name)
+    arrays = unpack(store, Task("block", campaign, 3).object_name)
     last = {name: array[9] for name, array in arrays.items() if name != "membership"}
-    other.put(Task("model", campaign, 3, 9).object_name, results.pack(last))  # and then it was killed
+    other.put(Task("model", campaign, 3, 9).object_name, pack(last))  # and then it was killed
     (left,) = replace_present(dataset, other).models([Task("block", campaign, 3)])
     assert workspace.perform(left).models == 0
-    found = results.unpack(other, Task("block", campaign, 3).object_name)
-    assert whole == results.pack({name: array for name, array in found.items() if name != "seconds"})
+    found = unpack(other, Task("block", campaign, 3).object_name)
+    assert whole == pack({name: array for name, array in found.items() if name != "seconds"})
     assert [name for name in other.names("campaigns") if "/parts/" in name] == []
 
 
@@ -436,7 +437,7 @@ def replace_present(dataset: Dataset, store: Store) -> Plan:
 def test_both_kinds_of_scores_come_from_the_same_block(dataset: Dataset, tmp_path: Path) -> None:
     _, _, store = block_from(dataset, tmp_path, range(10))
     campaign, labels = campaign_of(dataset), dataset.split_labels("train")
-    arrays = results.unpack(store, Task("block", campaign, 3).object_name)
+    arrays = unpack(store, Task("block", campaign, 3).object_name)
     store.put(Task("block", campaign, 0).object_name, store.get(Task("block", campaign, 3).object_name))
     logits, inside = torch.tensor(arrays["train"]).double(), arrays["membership"].astype(bool)
     probability = logits.softmax(2)[:, torch.arange(200), torch.tensor(labels)].numpy()

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import safetensors.numpy
 
+from orchestrator.arrays import pack, unpack, unpack_some
 from orchestrator.data import SplitOutputs
 from orchestrator.export import export
 from orchestrator.metrics import ALL
@@ -27,7 +28,6 @@ from orchestrator.results import (
     get_row,
     get_sweeps,
     get_table,
-    pack,
     put_attempt,
     put_outputs,
     put_row,
@@ -35,8 +35,6 @@ from orchestrator.results import (
     put_table,
     row_keys,
     sweep_key,
-    unpack,
-    unpack_some,
 )
 from orchestrator.schemas import TABLES
 from orchestrator.specs import RunSpec

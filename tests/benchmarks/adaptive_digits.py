@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator import results
+from orchestrator.arrays import unpack
 from orchestrator.data import Dataset
 from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate
@@ -73,7 +73,7 @@ def balanced_counts(store: Store, spec: CampaignSpec, labels: np.ndarray) -> lis
     """Counts of each block of the stored campaign."""
     found: list[Counts] = []
     while store.exists(name := Task("block", spec, len(found)).object_name):
-        arrays = results.unpack(store, name)
+        arrays = unpack(store, name)
         found.append(count(arrays["membership"].astype(bool), arrays["train"].argmax(axis=2) == labels))
     return found
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from jobs.session import Options, make_study
-from orchestrator import campaigns, results
+from orchestrator import campaigns
+from orchestrator.arrays import pack
 from orchestrator.blocks import block_name
 from orchestrator.data import Dataset
 from orchestrator.memorization import BLOCK_SIZE, block_membership
@@ -83,7 +84,7 @@ def make(given: Options) -> None:
             logits[:, np.arange(len(given_labels)), given_labels] += lifts[split].astype(np.float16)
             arrays[split] = logits
         numbers = {name: np.full(BLOCK_SIZE, 1.0) for name in ("in_accuracy", "test_accuracy", "seconds")}
-        store.put(block_name(key(campaign), block), results.pack({"membership": membership, **arrays, **numbers}))
+        store.put(block_name(key(campaign), block), pack({"membership": membership, **arrays, **numbers}))
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(put, range(study.campaign.blocks)))

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from orchestrator.arrays import unpack
 from orchestrator.cluster import ray_cluster
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context, Task, Workspace
 from orchestrator.memorization import block_membership
 from orchestrator.pool import Pool
 from orchestrator.recipes import RECIPES
-from orchestrator.results import unpack
 from orchestrator.store import Store
 from orchestrator.study import Study
 from orchestrator.training import rate_factor
