@@ -18,6 +18,7 @@ from rich.table import Table
 from scipy import stats
 
 from analysis.load import Tables
+from orchestrator import uncertainty
 
 SETTING = ("forget_set", "arm", "variant", "learning_rate", "budget")
 SPLITS = ("forget", "retain", "test", "forget_flipped", "forget_unflipped")
@@ -72,17 +73,16 @@ class Difference:
 def difference(references: Sequence[float] | np.ndarray, runs: Sequence[float] | np.ndarray) -> Difference:
     """Mean of the references minus mean of the runs (Welch's interval)."""
     value = float(np.mean(references) - np.mean(runs))
-    if min(len(references), len(runs)) < 2:
+    found = uncertainty.of_means(references, runs)
+    if found is None:
         return Difference(value, None, None, None)
-    parts = [np.var(side, ddof=1) / len(side) for side in (references, runs)]
-    standard_error = math.sqrt(sum(parts))
-    if standard_error == 0:
-        return Difference(value, 0.0, value, value)
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(side) - 1) for part, side in zip(parts, (references, runs), strict=True)
-    )
-    half = float(stats.t.ppf(0.975, freedom)) * standard_error
-    return Difference(value, standard_error, value - half, value + half)
+    half = half_width(found)
+    return Difference(value, found.standard_error, value - half, value + half)
+
+
+def half_width(found: uncertainty.Uncertainty) -> float:
+    """Half of the 95 % t-interval; 0 where nothing varies."""
+    return float(stats.t.ppf(0.975, found.freedom)) * found.standard_error if found.standard_error else 0.0
 
 
 def mean_difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Difference:

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
@@ -17,6 +16,7 @@ from orchestrator import costs, exact, results, selections
 from orchestrator.arms import CAMPAIGN
 from orchestrator.criteria import CRITERIA
 from orchestrator.data import Outputs
+from orchestrator.judging import Judged
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import ALL, COMPARISONS, METRICS, Values
 from orchestrator.registry import Added, InputError, canonical_json
@@ -203,7 +203,7 @@ def selection_lines(store: Store, sweeps: Iterable[Sweep], rows: Mapping[str, Ro
         by = {selection.criterion for selection in chosen if selection.criterion in CRITERIA}
         confirmed = {name: selections.confirmed(store, name, sweep.selections, reported) for name in by}
         for selection in chosen:
-            values = confirmed.get(selection.criterion, {}).get(selection.key, [])
+            after = confirmed.get(selection.criterion, {}).get(selection.key, Judged())
             for place, candidate in enumerate(selection.candidates):
                 is_chosen = place == selection.chosen
                 yield {
@@ -213,11 +213,9 @@ def selection_lines(store: Store, sweeps: Iterable[Sweep], rows: Mapping[str, Ro
                     "candidate": place,
                     "options": canonical_json(candidate.options),
                     "chosen": is_chosen,
-                    "n": len(candidate.values),
-                    "values": candidate.values,
                     "error": candidate.error,
-                    **_moments("", candidate.values),
-                    **({"confirmed_n": len(values), **_moments("confirmed_", values)} if is_chosen else {}),
+                    **_judged_columns("", candidate.judged),
+                    **(_judged_columns("confirmed_", after) if is_chosen else {}),
                 }
 
 
@@ -240,10 +238,9 @@ def _cell_columns(selection: Selection) -> dict[str, Any]:
     }
 
 
-def _moments(prefix: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard error; None of too few values."""
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
-    return {f"{prefix}mean": float(np.mean(values)) if values else None, f"{prefix}standard_error": error}
+def _judged_columns(prefix: str, found: Judged) -> dict[str, Any]:
+    names = ("values", "by_reference", "mean", "standard_error")
+    return {f"{prefix}n": len(found.values)} | {f"{prefix}{name}": getattr(found, name) for name in names}
 
 
 class _LazyOutputs:

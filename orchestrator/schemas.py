@@ -8,9 +8,10 @@ import pyarrow as pa
 
 from orchestrator import costs
 
-SCHEMA_VERSION = "4"
+SCHEMA_VERSION = "5"
 
 _S, _I, _F = pa.string(), pa.int64(), pa.float64()
+_LIST = pa.list_(pa.field("element", _F))
 TABLES: Mapping[str, pa.Schema] = {
     name: pa.schema([pa.field(column, kind, nullable) for column, kind, nullable in columns])
     for name, columns in {
@@ -57,11 +58,14 @@ TABLES: Mapping[str, pa.Schema] = {
             ("n", _I, False),
             ("mean", _F, True),
             ("standard_error", _F, True),
-            ("values", pa.list_(pa.field("element", _F)), False),
+            ("values", _LIST, False),
+            ("by_reference", _LIST, True),
             ("error", _S, True),
             ("confirmed_n", _I, True),
             ("confirmed_mean", _F, True),
             ("confirmed_standard_error", _F, True),
+            ("confirmed_values", _LIST, True),
+            ("confirmed_by_reference", _LIST, True),
         ],
         "metrics": [("key", _S, False), ("metric", _S, False), ("split", _S, False), ("value", _F, False)],
         "comparisons": [
@@ -171,5 +175,6 @@ TABLES: Mapping[str, pa.Schema] = {
 that was tried and has no row has the status of its last try. `memorization` and `examples` have one line per scores
 key and example. `members`: a run whose role is `tuning` is one that settings were chosen by, and enters no
 reported number. `selections` has one line per candidate of a cell whose options were chosen; `confirmed_` is the
-criterion on the runs that report the choice.
+criterion on the runs that report the choice. `values` are the criterion by run (by draw where there are several),
+`by_reference` against each reference, null where references add no scatter of their own; standard errors cover both.
 `influence` has one line per estimate of influence, `influence_pairs` one per pair of examples that it found."""

@@ -10,13 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from orchestrator import results
 from orchestrator.arms import CAMPAIGN, Arm
 from orchestrator.axes import Distribution
-from orchestrator.criteria import CRITERIA, SPLITS
-from orchestrator.data import Outputs
+from orchestrator.judging import Judge, Judged, Side
 from orchestrator.registry import InputError, canonical_json
 from orchestrator.results import Row
 from orchestrator.sealed import seal, unseal
@@ -69,18 +66,19 @@ def cells(runs: Iterable[tuple[str, RunSpec]]) -> Cells:
 class Candidate:
     """One setting of a cell on the tuning runs.
 
-    keys: its tuning runs, in the order of the tuning seeds. values: the criterion of those that finished. error: what
-    became of one that did not; such a candidate is not chosen.
+    keys: its tuning runs, in the order of the tuning seeds. values, by_reference: the criterion of those that finished,
+    as in `Judged`. error: what became of one that did not; such a candidate is not chosen.
     """
 
     options: Mapping[str, Any]
     keys: tuple[str, ...]
     values: tuple[float, ...]
     error: str | None = None
+    by_reference: tuple[float, ...] | None = None
 
     @property
-    def mean(self) -> float | None:
-        return float(np.mean(self.values)) if self.values else None
+    def judged(self) -> Judged:
+        return Judged(self.values, self.by_reference)
 
 
 @dataclass(frozen=True)
@@ -197,33 +195,6 @@ def tuned_runs(runs: Iterable[tuple[str, RunSpec]]) -> frozenset[str]:
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 
-class Judge:
-    """The criterion of runs in a store, whose test splits it never reads."""
-
-    def __init__(self, store: Store, criterion: str) -> None:
-        self._store, self._entry = store, CRITERIA[criterion]
-        self._read: dict[str, Outputs] = {}  # those that many runs are held against
-
-    def __call__(self, run: str, references: Sequence[str], original: str | None) -> float:
-        """The criterion of one run by key; `references` and `original` are keys too."""
-        available = {
-            "outputs": results.get_outputs(self._store, run, SPLITS),
-            "references": [self._kept(name) for name in references],
-            "original": None if original is None else self._kept(original),
-        }
-        return float(self._entry(available, {}))
-
-    def judges(self, references: Sequence[str], original: str | None) -> bool:
-        """Whether there is what the criterion asks for."""
-        inputs = self._entry.inputs
-        return ("references" not in inputs or bool(references)) and ("original" not in inputs or original is not None)
-
-    def _kept(self, name: str) -> Outputs:
-        if name not in self._read:
-            self._read[name] = results.get_outputs(self._store, name, SPLITS)
-        return self._read[name]
-
-
 def select(
     study: Study, tuning: Study, stand_ins: Mapping[str, ForgetSet], fingerprint: str, store: Store
 ) -> Selections:
@@ -277,9 +248,9 @@ def _select(
         if any(not judge.judges(given, original) for _, original in pairs):
             error = error or "there is nothing to hold it against: the tuning references or originals failed"
             pairs = []
-        values = tuple(judge(run, given, original) for run, original in pairs)
-        judged.append(Candidate(dict(runs[0].method.options), tuple(names), values, error))
-    means = [candidate.mean if candidate.error is None else None for candidate in judged]
+        made = judge(Side(dict(pairs), given))
+        judged.append(Candidate(dict(runs[0].method.options), tuple(names), made.values, error, made.by_reference))
+    means = [candidate.judged.mean if candidate.error is None else None for candidate in judged]
     best = max((mean for mean in means if mean is not None), default=None)
     selection = Selection(
         key=name,
@@ -316,11 +287,18 @@ def get_selection(store: Store, name: str) -> Selection | None:
         body = unseal(store, f"selections/{name}.json")
     except FileNotFoundError:
         return None
+    seeds, references = tuple(body.pop("seeds")), tuple(body.pop("references"))
+    unknown = () if references else None  # of a choice from before it was kept
     candidates = tuple(
-        Candidate(each["options"], tuple(each["keys"]), tuple(each["values"]), each["error"])
+        Candidate(
+            each["options"],
+            tuple(each["keys"]),
+            tuple(each["values"]),
+            each["error"],
+            None if (found := each.get("by_reference", unknown)) is None else tuple(found),
+        )
         for each in body.pop("candidates")
     )
-    seeds, references = tuple(body.pop("seeds")), tuple(body.pop("references"))
     return Selection(**body, seeds=seeds, references=references, candidates=candidates)
 
 
@@ -335,7 +313,7 @@ def settled(selections: Selections, runs: Iterable[tuple[str, RunSpec]]) -> dict
 
 def confirmed(
     store: Store, criterion: str, chosen: Mapping[str, Sequence[str]], rows: Sequence[Row]
-) -> dict[str, list[float]]:
+) -> dict[str, Judged]:
     """The criterion on the runs that report each choice, against the references and originals among the reported rows.
 
     For the report alone: nothing is chosen by it. Empty where the criterion has nothing to hold a run against.
@@ -348,13 +326,15 @@ def confirmed(
             references.setdefault(groups[row.key], []).append(row.key)
         elif row.spec["method"]["name"] == "identity":
             originals[groups[row.key], row.spec["original_seed"]] = row.key
-    found: dict[str, list[float]] = {name: [] for name in chosen}
+    found: dict[str, Judged] = {}
     seeds = {row.key: row.spec["original_seed"] for row in rows}
     for name, keys in chosen.items():
+        draws: dict[str, dict[str, str | None]] = {}
         for run in (run for run in keys if run in groups):
-            theirs, start = references.get(groups[run], []), originals.get((groups[run], seeds[run]))
-            if judge.judges(theirs, start):
-                found[name].append(judge(run, theirs, start))
+            start = originals.get((groups[run], seeds[run]))
+            if judge.judges(references.get(groups[run], []), start):
+                draws.setdefault(groups[run], {})[run] = start
+        found[name] = judge.over([Side(runs, references.get(group, [])) for group, runs in draws.items()])
     return found
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import report
-from orchestrator import export, plan, results
+from analysis import load, report, tables
+from orchestrator import export, plan, results, selections
 from orchestrator.criteria import CRITERIA
 from orchestrator.data import DATASETS, Dataset, SplitOutputs
 from orchestrator.overrides import override
@@ -324,11 +324,57 @@ def test_the_exported_choices_say_what_was_chosen_and_how_it_held_up(dataset: Da
     assert [json.loads(line["options"])["lr"] for line in lines] == [0.01, 0.03, 0.1, 0.3]
     assert [line["chosen"] for line in lines] == [False, True, False, False]
     assert (lines[1]["mean"], lines[1]["n"]) == (pytest.approx(np.mean(lines[1]["values"])), 3)
-    assert lines[1]["standard_error"] == pytest.approx(np.std(lines[1]["values"], ddof=1) / np.sqrt(3))
+    sides = [lines[1][name] for name in ("values", "by_reference")]
+    assert lines[1]["standard_error"] == pytest.approx(np.sqrt(sum(np.var(side, ddof=1) / 3 for side in sides)))
     references = [r % 3 / SIZE for r in range(5)]
     by_hand = np.mean([[(1 - abs(0.6 - a - (0.5 - b))) * (1 - abs(b - a)) for b in references] for a in (0, 1 / SIZE)])
     assert (lines[1]["confirmed_n"], lines[1]["confirmed_mean"]) == (2, pytest.approx(by_hand))
     assert [line.get("confirmed_mean") for line in lines if not line["chosen"]] == [None] * 3
+
+
+@pytest.mark.parametrize("texts", [["seeds=0,1,2"], ["protocol=joint", "seeds=0,1,2"], ["protocol=del", "seeds=0,1"]])
+def test_the_error_of_a_confirmed_value_is_that_of_the_main_table(
+    texts: list[str], dataset: Dataset, tmp_path: Path
+) -> None:
+    """Runs that differ from their references in forget accuracy alone, to one side: tug-of-war is 1 - (a - b) there."""
+
+    def forget_alone(spec: RunSpec) -> dict[str, float]:
+        low, high = {"retrain": (0.2, 0.4), "identity": (1.0, 1.0)}.get(spec.method.name, (0.6, 0.8))
+        place = int(key(spec)[:4], 16) / 16**4
+        return {"forget": low + place * (high - low), "retain": 1.0, "validation": 0.9, "test": 0.9}
+
+    store, given = Store(str(tmp_path)), study("methods=identity,finetune", "forget_sets=random", *texts)
+    settled = planned(given, dataset, store, forget_alone)
+    pretend(store, [spec for _, spec in settled.named_runs()], forget_alone)
+    pretend(store, given.reference_runs(dataset.fingerprint), forget_alone)
+    sweep = settled.sweep({})
+    results.put_sweep(store, sweep)
+    export.export(store)
+    read = load.load(tmp_path / "exports")
+    (line,) = (x for x in tables.comparison_table(read, sweep.key).to_dicts() if x["arm"] == "finetune")
+    (chosen,) = (x for x in read.selections.to_dicts() if x["chosen"])
+    assert line["is_tuned"]
+    assert chosen["confirmed_mean"] == pytest.approx(1 + line["forget_difference"] / 100)
+    assert chosen["confirmed_standard_error"] == pytest.approx(line["forget_standard_error"] / 100)
+    assert (chosen["confirmed_by_reference"] is None) == ("protocol=joint" in texts)
+
+
+def test_a_choice_from_before_values_by_reference_has_no_error(dataset: Dataset, tmp_path: Path) -> None:
+    from orchestrator.sealed import seal, unseal
+
+    store = Store(str(tmp_path))
+    made = planned(study(), dataset, store).selections
+    assert made is not None
+    selection = next(iter(made.values()))
+    body = unseal(store, f"selections/{selection.key}.json")
+    for candidate in body["candidates"]:
+        del candidate["by_reference"]
+    store.put(f"selections/{selection.key}.json", seal(body))
+    read = selections.get_selection(store, selection.key)
+    assert read is not None
+    assert [c.judged.mean for c in read.candidates] == [c.judged.mean for c in selection.candidates]
+    assert {c.judged.standard_error for c in read.candidates} == {None}
+    assert None not in {c.judged.standard_error for c in selection.candidates}
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
