@@ -16,7 +16,8 @@ from matplotlib.image import AxesImage
 from PIL import Image
 
 from analysis.load import Tables
-from analysis.tables import comparison_table, counted, name_of, of_sweep, references_said
+from analysis.names import name_of
+from analysis.tables import comparison_table, counted, of_sweep, references_said
 
 mpl.rcParams.update(
     {
@@ -89,6 +90,7 @@ def gallery(tables: Tables, scores_key: str) -> Figure:
 
 
 _MASKS_ABREAST = 6
+_CURVE = ("line_variant", "line_rate")
 
 
 def forget_quality(tables: Tables, sweep: str) -> Figure:
@@ -99,7 +101,7 @@ def forget_quality(tables: Tables, sweep: str) -> Figure:
     frame = comparison_table(tables, sweep)
     panels = list(frame.group_by("forget_set", maintain_order=True))
     arms = frame["arm"].unique(maintain_order=True).to_list()
-    settings = frame.select("arm", "variant", "learning_rate").n_unique()
+    settings = frame.select("arm", *_CURVE).n_unique()
     width = 3.9 * max(1, len(panels)) + 1.0
     legend_columns = max(1, int(width / 2.7))
     figure = Figure(figsize=(width, 5.8 + 0.18 * (settings / legend_columns + 2)), layout="constrained")
@@ -133,13 +135,9 @@ def forget_quality(tables: Tables, sweep: str) -> Figure:
 
 def _curves(axes: Axes, part: pl.DataFrame, arms: Sequence[str], budgets: Sequence[float], value: str) -> None:
     places = {budget: float(place) for place, budget in enumerate(budgets)}
-    setting = [
-        pl.when("is_tuned").then(None).otherwise(pl.col(name)).alias(name) for name in ("variant", "learning_rate")
-    ]
-    part = part.with_columns(setting)  # one curve for an arm whose settings were chosen
     series = [
         (str(arm), list(group.drop_nulls(value).sort("budget").iter_rows(named=True)))
-        for (arm, _, _), group in part.group_by("arm", "variant", "learning_rate", maintain_order=True)
+        for (arm, _, _), group in part.group_by("arm", *_CURVE, maintain_order=True)
     ]
     apart = [lines for _, lines in series if lines and lines[0]["budget"] is None]
     middle, width = len(budgets) + 0.5, 1.4
@@ -155,13 +153,13 @@ def _curves(axes: Axes, part: pl.DataFrame, arms: Sequence[str], budgets: Sequen
         else:  # side by side, so that no interval hides another
             xs = [middle + width * ((apart.index(lines) + 0.5) / len(apart) - 0.5)] * len(lines)
         with_errors = value == "forget_difference" and all(line["forget_low"] is not None for line in lines)
-        rate = lines[0]["learning_rate"]
+        name, rate = name_of(lines[0] | {"variant": lines[0]["line_variant"]}), lines[0]["line_rate"]
         axes.errorbar(
             xs,
             [line[value] for line in lines],
             [(line["forget_high"] - line["forget_low"]) / 2 for line in lines] if with_errors else None,
             color=_COLOURS[number % len(_COLOURS)],
-            label=name_of(lines[0]) + ("" if rate is None else f", rate {rate:g}"),
+            label=name + ("" if rate is None else f", rate {rate:g}"),
             linestyle=_LINES[index % 4] if masked else "none",
             marker=_MARKERS[(index + number // len(_COLOURS)) % 4],  # colours come again after eight arms
             markersize=4,
@@ -201,18 +199,21 @@ def layer_shares(tables: Tables, sweep: str) -> Figure:
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True)
     for empty in grid.ravel():
         empty.set_visible(False)
+    tuned = set(runs.filter("is_tuned").select("forget_set", "arm").rows())
     shares = {line[:4]: line[4] for line in means.select("forget_set", "arm", "budget", "layer", "share").rows()}
     labels = [f"{name} ({entries:,} entries)" for name, entries in names.rows()]
     for (place, forget_set), (number, arm) in product(enumerate(forget_sets), enumerate(arms)):
         row, column = place * blocks + number // columns, number % columns
         grid[row, column].set_visible(True)
+        name = name_of({"arm": arm, "is_tuned": (forget_set, arm) in tuned})
         values = np.array([[shares.get((forget_set, arm, b, n), np.nan) for b in budgets] for n in names["layer"]])
         image = _heat(grid[row, column], values)
-        grid[row, column].set_title(f"{forget_set}: {arm}", fontsize=9)
+        grid[row, column].set_title(f"{forget_set}: {name}", fontsize=9)
         grid[row, column].set_xticks(range(len(budgets)), [f"{budget:g}" for budget in budgets])
         grid[-1, column].set_xlabel("budget")
         grid[row, 0].set_yticks(range(len(names)), labels)
-    label = f"share of the layer, mean of {counted(means['len'].to_list())} runs (all seeds and rates)"
+    of = "all seeds and rates; *: of the chosen setting" if tuned else "all seeds and rates"
+    label = f"share of the layer, mean of {counted(means['len'].to_list())} runs ({of})"
     figure.colorbar(image, ax=list(grid.ravel()), label=label, aspect=40)
     return figure
 

@@ -19,6 +19,7 @@ PAIRED: Mapping[str, pl.DataType] = {
     "against_rate": pl.Float64(),
     "num_pairs": pl.Int64(),
     **{name: pl.Float64() for name in ("difference", "low", "high", "p", "p_holm")},
+    **dict.fromkeys(("is_tuned", "against_is_tuned"), pl.Boolean()),
 }
 
 
@@ -47,14 +48,16 @@ def paired_table(tables: Tables, sweep: str) -> pl.DataFrame:
     for (forget_set, arm, variant, rate, budget), ours in measured.items():
         for rival, theirs in measured.items():
             is_alike = rival[2:] == (variant, rate, budget)
-            is_alike |= rival[4] == budget and {rival, (forget_set, arm, variant, rate, budget)} <= tuned
+            are_tuned = [each in tuned for each in ((forget_set, arm, variant, rate, budget), rival)]
+            is_alike |= rival[4] == budget and all(are_tuned)
             control = rival[1] == "random_within_tensor" and is_alike
             shared = [pair for pair in ours if pair in theirs]
             if arm != "del" or rival[0] != forget_set or not (control or rival[1] == "retrain_short") or not shared:
                 continue
             setting = (forget_set, variant, rate, budget, *rival[1:4])
             pairs = np.array([np.mean(ours[pair]) - np.mean(theirs[pair]) for pair in shared])
-            lines.append(dict(zip(list(PAIRED)[:7], setting, strict=True)) | _paired_line(pairs))
+            marks = dict(zip(("is_tuned", "against_is_tuned"), are_tuned, strict=True))
+            lines.append(dict(zip(list(PAIRED)[:7], setting, strict=True)) | marks | _paired_line(pairs))
     frame = pl.DataFrame(lines, schema={name: kind for name, kind in PAIRED.items() if name != "p_holm"})
     adjusted = iter(holm(frame["p"].drop_nulls().to_list()))
     p_holm = [None if p is None else next(adjusted) for p in frame["p"].to_list()]

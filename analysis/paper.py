@@ -12,21 +12,25 @@ from rich.table import Table
 from scipy import stats
 
 from analysis.load import Tables
+from analysis.names import LINE, name_of, setting_of
 from analysis.tables import (
     SETTING,
     Side,
     Values,
     conditional_on,
+    counted,
     counts_of,
     holm,
+    line_of,
     marked,
     mean_difference,
     measured,
-    name_of,
     of_sweep,
     references_of,
+    references_said,
     sides,
 )
+from orchestrator import uncertainty
 
 MEASURES: Mapping[str, tuple[str, str]] = {
     "forget": ("accuracy", "forget"),
@@ -87,7 +91,7 @@ def paper_table(tables: Tables, sweep: str) -> pl.DataFrame:
     references = references_of(runs)
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
-        line: dict[str, object] = dict(zip(SETTING, setting, strict=True))
+        line: dict[str, object] = dict(zip(SETTING, setting, strict=True)) | line_of(group)
         drawn = sides(group, references)
         line |= counts_of(drawn)
         for measure, (metric, split) in MEASURES.items():
@@ -98,9 +102,7 @@ def paper_table(tables: Tables, sweep: str) -> pl.DataFrame:
     return _adjusted(marked(pl.DataFrame(lines, schema=schema)))
 
 
-_KINDS = dict(zip(SETTING, (*[pl.String()] * 3, *[pl.Float64()] * 2), strict=True))
-
-
+_KINDS = {**dict(zip(SETTING, (*[pl.String()] * 3, *[pl.Float64()] * 2), strict=True)), **LINE}
 _COUNTS: Mapping[str, pl.DataType] = {
     "draws": pl.String(),
     **dict.fromkeys(("num_runs", "num_references", "most_references"), pl.Int64()),
@@ -154,7 +156,8 @@ def ablation_table(tables: Tables, sweep: str) -> pl.DataFrame:
     """Tug-of-war of every arm with a budget: one line per forget set, arm, rate and budget.
 
     Columns: strategy, granularity, method, budget (null: the strategy's own), realised_budget, tug_of_war (mean over
-    runs of their mean over the references of their draw), standard_error over runs (null for one), num_runs, floor.
+    runs of their mean over the references of their draw), standard_error over the seeds of both, or over the draws
+    where there are several (null for fewer than two of any), num_runs, floor.
     """
     runs, values = of_sweep(tables, sweep), Values(tables)
     references = references_of(runs)
@@ -163,15 +166,16 @@ def ablation_table(tables: Tables, sweep: str) -> pl.DataFrame:
     lines = []
     for setting, group in masked.group_by(keys, maintain_order=True):
         drawn = sides(group, references)
-        found = [np.mean(pairs) for side in drawn for key in side.runs if (pairs := _pairs(values, [key], side))]
+        found = [found for side in drawn for found in _by_run(values, side)]
         among = [pair for side in drawn for pair in _pairs(values, side.references, side)]
         lines.append(
             dict(zip(keys, setting, strict=True))
+            | line_of(group)
             | {
                 **counts_of(drawn),
                 "realised_budget": group["realised_budget"].mean(),
                 "tug_of_war": float(np.mean(found)) if found else None,
-                "standard_error": float(np.std(found, ddof=1) / math.sqrt(len(found))) if len(found) > 1 else None,
+                "standard_error": _error(values, drawn),
                 "floor": float(np.mean(among)) if among else None,
             }
         )
@@ -183,6 +187,23 @@ def ablation_table(tables: Tables, sweep: str) -> pl.DataFrame:
 
 def _pairs(values: Values, keys: Sequence[str], side: Side) -> list[float]:
     return values.pairs(keys, side.references, "tug_of_war", "all")
+
+
+def _by_run(values: Values, side: Side) -> list[float]:
+    """Tug-of-war of each run, mean over references."""
+    return [float(np.mean(pairs)) for key in side.runs if (pairs := _pairs(values, [key], side))]
+
+
+def _error(values: Values, drawn: Sequence[Side]) -> float | None:
+    """The standard error of tug-of-war over the seeds of runs and references of one draw, or over several draws."""
+    by_run = [found for side in drawn if (found := _by_run(values, side))]
+    if len(by_run) == 1:
+        against = [values.pairs(side.runs, [r], "tug_of_war", "all") for side in drawn for r in side.references]
+        sides = [*by_run, [float(np.mean(pairs)) for pairs in against if pairs]]
+    else:
+        sides = [[float(np.mean(found)) for found in by_run]]
+    over = uncertainty.of_means(*sides)
+    return None if over is None else over.standard_error
 
 
 def comparisons_with_paper(frame: pl.DataFrame, recipe: str) -> list[str]:
@@ -203,17 +224,6 @@ def comparisons_with_paper(frame: pl.DataFrame, recipe: str) -> list[str]:
 # ---- for people ----------------------------------------------------------------------------------------------------
 
 PAPER_HEADINGS = ("arm", "rate", "budget", "n", "forget", "MIA", "MIA (correct)", "retain", "test", "p forget (Holm)")
-
-
-def setting_of(line: Mapping[str, object]) -> str:
-    """A line's arm, rate and budget in words."""
-    rate, budget = line["learning_rate"], line["budget"]
-    parts = [
-        name_of(line),
-        None if rate is None else f"rate {rate:g}",
-        None if budget is None else f"budget {budget:g}",
-    ]
-    return ", ".join(part for part in parts if part)
 
 
 def paper_cells(line: Mapping[str, object]) -> list[str]:
@@ -247,17 +257,23 @@ def paper_caption(lines: Sequence[Mapping[str, object]]) -> str:
 
 
 def ablation_grid(group: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """A forget set's part of the ablation table as headings and rows: localization by budget, tug-of-war ± error."""
+    """A forget set's part of the ablation table as headings and rows: localization by budget, tug-of-war ± error.
+
+    An arm whose settings were chosen is one row, in which each number has what was chosen for it in brackets.
+    """
     budgets = sorted(group["budget"].unique().to_list(), key=lambda budget: (budget is None, budget))
     headings = ["arm", "strategy", "granularity", "method", "rate"]
     headings += ["own" if budget is None else f"{budget:g}" for budget in budgets]
     rows = []
-    named = ("arm", "variant", "strategy", "granularity", "method", "learning_rate")
-    for name, part in group.group_by(named, maintain_order=True):
+    named = ("arm", *LINE, "strategy", "granularity", "method")
+    for _, part in group.group_by(named, maintain_order=True):
         found = {line["budget"]: line for line in part.iter_rows(named=True)}
-        label = name_of({"arm": name[0], "variant": name[1]})
-        rate = "" if name[5] is None else f"{name[5]:g}"
-        rows.append([label, *map(str, name[2:5]), rate, *(_tug(found.get(budget)) for budget in budgets)])
+        first = part.row(0, named=True)
+        label = name_of({"arm": first["arm"], "is_tuned": first["is_tuned"], "variant": first["line_variant"]})
+        given = [str(first[name]) for name in ("strategy", "granularity", "method")]
+        rate = "" if first["line_rate"] is None else f"{first['line_rate']:g}"
+        rate = "chosen" if first["is_tuned"] and first["learning_rate"] is not None and not rate else rate
+        rows.append([label, *given, rate, *(_tug(found.get(budget)) for budget in budgets)])
     return headings, rows
 
 
@@ -266,7 +282,17 @@ def _tug(line: Mapping[str, object] | None) -> str:
         return ""
     error = line["standard_error"]
     text = f"{line['tug_of_war']:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
-    return text if line["budget"] is not None else f"{text} (at {line['realised_budget']:.2f})"
+    if line["budget"] is None:
+        text += f" (at {line['realised_budget']:.2f})"
+    return f"{text} [{_chosen(line)}]" if line["is_tuned"] and _chosen(line) else text
+
+
+def _chosen(line: Mapping[str, object]) -> str:
+    """What was chosen for one number of a line."""
+    fixed = str(line["line_variant"] or "").split(", ")
+    options = [part for part in str(line["variant"] or "").split(", ") if part not in fixed]
+    rate = [] if line["learning_rate"] == line["line_rate"] else [f"{line['learning_rate']:g}"]
+    return ", ".join([*rate, *options])
 
 
 def render(frame: pl.DataFrame) -> list[Table]:
@@ -285,10 +311,14 @@ def render_ablation(frame: pl.DataFrame) -> list[Table]:
         headings, rows = ablation_grid(group)
         shorter = [place for place, name in enumerate(headings) if name not in ("strategy", "granularity", "method")]
         headings, rows = [headings[i] for i in shorter], [[row[i] for i in shorter] for row in rows]
-        counts, floor = group["num_runs"].unique().to_list(), group["floor"][0]
-        title = f"\n{name}: tug-of-war ± standard error over {'/'.join(map(str, counts))} runs, by budget"
+        floor, lines = group["floor"][0], group.to_dicts()
+        title = (
+            f"\n{name}: tug-of-war ± standard error over the seeds of {counted(group['num_runs'].to_list())} runs and "
+        )
+        title += f"of {references_said(lines)}, by budget"
+        title += "; in brackets what was chosen on tuning runs (*)" if group["is_tuned"].any() else ""
         title += f"; references against one another {floor:.3f}" if floor is not None else ""
-        shown.append(_table(f"{title}; {conditional_on(group.to_dicts())}", headings, rows))
+        shown.append(_table(f"{title}; {conditional_on(lines)}", headings, rows))
     return shown
 
 

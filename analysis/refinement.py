@@ -16,6 +16,7 @@ from rich.table import Table
 from scipy import stats
 
 from analysis.load import Tables
+from analysis.names import name_of
 from analysis.tables import Values, holm, number, of_sweep, references_of, sides
 
 COMPOSED = ("rum", "rum_shuffled")
@@ -26,6 +27,7 @@ _NAMES: Mapping[str, pl.DataType] = {
     "arm": pl.String(),
     "variant": pl.String(),
     "parts_by": pl.String(),
+    "is_tuned": pl.Boolean(),
 }
 COLUMNS: Mapping[str, pl.DataType] = {
     **_NAMES,
@@ -60,6 +62,7 @@ class _Setting:
     arm: str
     variant: str | None
     parts_by: str | None
+    is_tuned: bool
     keys: list[str]
     by_pair: Mapping[str, Mapping[tuple[object, object], float]]
     floors: Mapping[str, float | None]
@@ -125,7 +128,7 @@ def _settings(runs: pl.DataFrame, values: Values) -> list[_Setting]:
     by = [_parts_by(method, given) for method, given in zip(chosen["method"].to_list(), options, strict=True)]
     variants = [_variant(line) for line in chosen.select("variant", "learning_rate", "budget").iter_rows(named=True)]
     named = chosen.with_columns(pl.Series("parts_by", by, dtype=pl.String), pl.Series("variant", variants, pl.String))
-    for (forget_set, arm, variant, parts_by), group in named.group_by(*_NAMES, maintain_order=True):
+    for (forget_set, arm, variant, parts_by, is_tuned), group in named.group_by(*_NAMES, maintain_order=True):
         drawn = sides(group, references)
         by_pair: dict[str, dict[tuple[object, object], float]] = {measure: {} for measure in MEASURES}
         for measure in MEASURES:
@@ -143,6 +146,7 @@ def _settings(runs: pl.DataFrame, values: Values) -> list[_Setting]:
                 str(arm),
                 None if variant is None else str(variant),
                 None if parts_by is None else str(parts_by),
+                bool(is_tuned),
                 keys,
                 by_pair,
                 floors,
@@ -199,7 +203,7 @@ def _paired(pairs: np.ndarray) -> dict[str, float | None]:
 def cells(line: Mapping[str, object]) -> list[str]:
     """A line of the table as text, under HEADINGS."""
     return [
-        _named(line),
+        name_of(line),
         str(line["parts_by"] or "-"),
         str(line["num_runs"]),
         *(
@@ -218,7 +222,7 @@ def contrast_cells(line: Mapping[str, object]) -> list[str]:
     """A line of the contrasts as text, under CONTRAST_HEADINGS."""
     return [
         str(line["forget_set"]),
-        _named(line),
+        name_of(line),
         str(line["parts_by"]),
         str(line["against"]),
         {"tug_of_war": "ToW", "tug_of_war_membership": "ToW-MIA"}[str(line["measure"])],
@@ -228,10 +232,6 @@ def contrast_cells(line: Mapping[str, object]) -> list[str]:
         number(line["p"], 3),
         number(line["p_holm"], 3),
     ]
-
-
-def _named(line: Mapping[str, object]) -> str:
-    return f"{line['arm']} ({line['variant']})" if line["variant"] else str(line["arm"])
 
 
 def render(tables: Tables, sweep: str) -> list[Table]:

@@ -14,19 +14,12 @@ from matplotlib.figure import Figure
 
 from analysis import costs, exact, figures, influence, pairs, paper, proxies, refinement, selections, tables
 from analysis.load import Tables, load
+from analysis.names import name_of
 from orchestrator.registry import InputError
 
 _PAIRED = (
-    "forget set",
-    "rate",
-    "budget",
-    "against",
-    "its rate",
-    "pairs",
-    "difference",
-    "95 % interval",
-    "p",
-    "p (Holm)",
+    *("forget set", "arm", "rate", "budget", "against", "its rate"),
+    *("pairs", "difference", "95 % interval", "p", "p (Holm)"),
 )
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 _ENOUGH = 5  # references per forget set
@@ -209,7 +202,6 @@ def _pairing(runs: pl.DataFrame) -> str:
 
 def _failed(runs: pl.DataFrame) -> list[str]:
     named = (
-        ("arm", "{}"),
         ("forget_set", "{}"),
         ("learning_rate", "rate {:g}"),
         ("budget", "budget {:g}"),
@@ -217,7 +209,7 @@ def _failed(runs: pl.DataFrame) -> list[str]:
         ("status", "{}"),
     )
     return [
-        ", ".join(text.format(line[name]) for name, text in named if line[name] is not None)
+        ", ".join([name_of(line), *(text.format(line[name]) for name, text in named if line[name] is not None)])
         for line in runs.iter_rows(named=True)
     ]
 
@@ -351,9 +343,10 @@ def _paired(frame: pl.DataFrame) -> dict[str, Any] | None:
     lines = [
         [
             line["forget_set"],
+            name_of(line | {"arm": "del"}),
             _short(line["learning_rate"]),
             _short(line["budget"]),
-            tables.name_of({"arm": line["against"], "variant": line["against_variant"]}),
+            name_of({"arm": line["against"], "variant": line["against_variant"], "is_tuned": line["against_is_tuned"]}),
             _short(line["against_rate"]),
             line["num_pairs"],
             f"{line['difference']:+.3f}",

@@ -7,7 +7,6 @@ was drawn several times, each draw has its own references and the interval is ov
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from rich.table import Table
 from scipy import stats
 
 from analysis.load import Tables
+from analysis.names import LINE, name_of, with_lines
 from orchestrator import uncertainty
 
 SETTING = ("forget_set", "arm", "variant", "learning_rate", "budget")
@@ -37,7 +37,7 @@ KEYS = {
 }
 COMPARISON: Mapping[str, pl.DataType] = {
     **KEYS,
-    "is_tuned": pl.Boolean(),
+    **LINE,
     "draws": pl.String(),
     "is_partial": pl.Boolean(),
     "num_runs": pl.Int64(),
@@ -97,29 +97,13 @@ def mean_difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Differenc
 
 
 def of_sweep(tables: Tables, sweep: str) -> pl.DataFrame:
-    """The finished runs that a sweep reports, with their arm and variant; one line per member, none of tuning runs.
+    """The finished runs that a sweep reports, with arm, variant and the columns of LINE; none of the tuning runs.
 
-    is_tuned: the setting was chosen on tuning runs.
-    variant: the options other than the learning rate in which the runs of an arm differ, as `alpha=0.9`; null where
-    they agree. Runs of two variants are never averaged.
+    Runs of two variants are never averaged.
     """
     done = pl.col("status") == "done"
     runs = _reported(tables, sweep).join(tables.runs.filter(done), on="key", how="inner", maintain_order="left")
-    options = [json.loads(text) for text in runs["options"].to_list()]
-    by_arm: dict[str, list[dict[str, object]]] = {}
-    for arm, chosen in zip(runs["arm"].to_list(), options, strict=True):
-        by_arm.setdefault(arm, []).append(chosen)
-    varying = {arm: _varying(found) for arm, found in by_arm.items()}
-    variants = [
-        ", ".join(f"{name}={chosen.get(name)}" for name in varying[arm]) or None
-        for arm, chosen in zip(runs["arm"].to_list(), options, strict=True)
-    ]
-    return runs.with_columns(pl.Series("variant", variants, dtype=pl.String))
-
-
-def _varying(options: Sequence[Mapping[str, object]]) -> list[str]:
-    names = sorted({name for chosen in options for name in chosen} - {"lr"})
-    return [name for name in names if len({json.dumps(chosen.get(name)) for chosen in options}) > 1]
+    return with_lines(runs, tables.selections.filter(pl.col("sweep") == sweep))
 
 
 def failed_of_sweep(tables: Tables, sweep: str) -> pl.DataFrame:
@@ -161,7 +145,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
     """One line per setting (forget set, arm, variant, learning rate, budget), each draw against its own references.
 
-    Columns as in `COMPARISON`: whether the setting was chosen on tuning runs; the draws, as text, and whether they
+    Columns as in `COMPARISON`: those of LINE; the draws, as text, and whether they
     are fewer than those of other lines of the forget set; the least and most references of a draw; for forget, retain
     and test accuracy (and the flipped and unflipped parts of a forget set that has both) `<split>_difference`,
     `_standard_error`, `_low`, `_high` in points; reference_band, half of the 95 % interval in which one more
@@ -176,9 +160,14 @@ def comparison_table(tables: Tables, sweep: str) -> pl.DataFrame:
     references = references_of(runs)
     lines = []
     for setting, group in runs.filter(pl.col("arm") != "reference").group_by(SETTING, maintain_order=True):
-        found: dict[str, object] = dict(zip(SETTING, setting, strict=True)) | {"is_tuned": group["is_tuned"][0]}
+        found: dict[str, object] = dict(zip(SETTING, setting, strict=True)) | line_of(group)
         lines.append(found | _line(group, sides(group, references), values))
     return marked(pl.DataFrame(lines, schema=dict(COMPARISON)))
+
+
+def line_of(group: pl.DataFrame) -> dict[str, object]:
+    """The columns of LINE, which the runs of a setting share."""
+    return {name: group[name][0] for name in LINE}
 
 
 def marked(frame: pl.DataFrame) -> pl.DataFrame:
@@ -394,14 +383,6 @@ def ends(line: Mapping[str, object], split: str) -> str:
 def number(value: object, digits: int = 2) -> str:
     """A number with a fixed number of digits; `-` for what is absent."""
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
-
-
-def name_of(line: Mapping[str, object]) -> str:
-    """An arm, `*` where its setting was chosen on tuning runs, its variant where it has several, and its draws where
-    they are fewer than those of other lines."""
-    name = f"{line['arm']}{'*' if line.get('is_tuned') else ''}"
-    name += f" ({line['variant']})" if line.get("variant") else ""
-    return f"{name} [draw {line['draws']}]" if line.get("is_partial") else name
 
 
 def counted(values: Sequence[int]) -> str:
