@@ -294,6 +294,7 @@ def _selections(read: Tables, sweep: str) -> dict[str, Any] | None:
     found = selections.choices(read, sweep)
     if not found:
         return None
+    runs = tables.of_sweep(read, sweep)
     return {
         "criterion": found[0].criterion,
         "formula": found[0].formula,
@@ -301,7 +302,11 @@ def _selections(read: Tables, sweep: str) -> dict[str, Any] | None:
         "untuned": ", ".join(selections.untuned(read, sweep)),
         "columns": selections.HEADINGS,
         "parts": [
-            {"name": name, "caption": selections.caption(part), "lines": [selections.cells(choice) for choice in part]}
+            {
+                "name": name,
+                "caption": selections.caption(part, runs),
+                "lines": [selections.cells(choice) for choice in part],
+            }
             for name, part in selections.by_set(found).items()
         ],
     }
