@@ -278,7 +278,7 @@ def test_a_sweep_keeps_its_name_whatever_is_chosen_and_says_what_each_run_is(dat
     assert after.key == before.key
     assert (before.undecided, after.undecided) == (8, 0)
     counts = plan.make(study(), dataset, Store(str(tmp_path / "empty"))).counts()
-    assert [counts[name]["missing"] for name in ("tuning runs", "runs", "tuning references")] == [42, 12, 6]
+    assert [counts[name]["missing"] for name in ("tuning runs", "runs", "tuning references")] == [48, 12, 6]
     assert before.key not in (
         plan.make(study("tuning.criterion=forget_as_unseen"), dataset, store).sweep({}).key,
         plan.make(study("tuning=none"), dataset, store).sweep({}).key,

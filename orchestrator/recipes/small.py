@@ -53,12 +53,13 @@ def digits_tuned() -> Study:
     """The demo's digits, tuned: each arm's rate is chosen on other seeds and forget sets; no subset models needed."""
     study = digits()
     rates: dict[str, tuple[float, ...]] = {
-        "del": (0.03, 0.1, 0.2),
-        "random_within_tensor": (0.03, 0.1, 0.2),
-        "salun": (0.003, 0.01, 0.03),
+        "del": (0.03, 0.1, 0.2, 0.4),
+        "random_within_tensor": (0.03, 0.1, 0.2, 0.4),
+        "salun": (0.001, 0.003, 0.01, 0.03),
         "finetune": (0.01, 0.03, 0.1, 0.2),
-        "neg_grad_plus": (0.003, 0.01, 0.03),
-        "random_labels": (0.003, 0.01, 0.03),
+        "neg_grad_plus": (0.001, 0.003, 0.01, 0.03),
+        "random_labels": (0.001, 0.003, 0.01, 0.03),
+        "retrain_short": (0.05, 0.1, 0.2, 0.4),
     }
     methods = {
         name: arm.model_copy(update={"options": {**arm.options, "lr": rates[name]}}) if name in rates else arm
