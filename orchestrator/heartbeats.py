@@ -154,6 +154,13 @@ class Heart:
         """No worker is at it any more."""
         self._at_work.pop((kind, key, label), None)
 
+    def leave(self, why: str) -> None:
+        """Keep what workers were at as interrupted attempts: the work ends here, and its command says so itself."""
+        for number, task in list(self._at_work.values()):
+            if not results.is_made(self._store, attempt := attempt_of(task, "interrupted", why)):
+                results.put_attempt(self._store, attempt, int(number))
+        self._at_work.clear()
+
     def stop(self) -> None:
         """Have the store say at once that the command was interrupted: a signal came, and little time may be left."""
         self._is_interrupted = True

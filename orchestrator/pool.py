@@ -45,11 +45,15 @@ def no_workers(seconds: float, state: str) -> NoWorkersError:
 
 def death_reason(tries: int, error: object) -> str:
     """One line on workers that died, with what Ray says of the last, if it says anything."""
-    if error is None:
-        return f"{tries} workers died on it"
-    text = " ".join(str(error).split())
+    said = what_killed(error)
+    return f"{tries} workers died on it" + (f"; the last: {said}" if said else "")
+
+
+def what_killed(error: object) -> str:
+    """What Ray says of a worker that died, in one line; empty where it says nothing."""
+    text = "" if error is None else " ".join(str(error).split())
     known = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?)(?: Some common causes|$)", text)
-    return f"{tries} workers died on it; the last: {f'{known[1]}, {known[2]}' if known else text[:200]}"
+    return f"{known[1]}, {known[2]}" if known else text[:200]
 
 
 class _Worker(Generic[A, R]):

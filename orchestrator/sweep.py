@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ray import tune
@@ -18,7 +19,15 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from orchestrator.pipeline import RunStoppedError
-from orchestrator.pool import MAX_TRIES, PATIENCE_SECONDS, NoWorkersError, WorkerDeathError, death_reason, no_workers
+from orchestrator.pool import (
+    MAX_TRIES,
+    PATIENCE_SECONDS,
+    NoWorkersError,
+    WorkerDeathError,
+    death_reason,
+    no_workers,
+    what_killed,
+)
 from orchestrator.progress import Watch
 from orchestrator.store import StorageError
 
@@ -49,11 +58,12 @@ def run_trials(
     tries: int = MAX_TRIES,
     watch: Watch[A, Any] | None = None,
     begun: Callable[[A], None] | None = None,
+    died: Callable[[A, str], None] | None = None,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> None:
     """Call `function(state, item)` in one Tune trial per item; `done` hears of each result, on the driver.
 
-    `begun` hears of each item that a worker turns to.
+    `begun` hears of each item that a worker turns to, `died` of each that is tried again, with what killed its worker.
 
     `items` are taken one by one as workers become free, so that one may depend on earlier results, and none is begun
     once they end. Each worker makes its state once, by `setup(*inputs)`. Under a `watch` the function is given a third
@@ -71,7 +81,7 @@ def run_trials(
     bound = tune.with_parameters(trial, function=function, setup=setup, inputs=inputs, is_watched=watch is not None)
     scratch = tempfile.mkdtemp(prefix="tune-")
     bound.__name__ = f"{_NAME}-{os.path.basename(scratch)}"
-    feed, listener = _Feed(chain([first], coming)), _Listener(done, tries, watch, begun, patience_seconds)
+    feed, listener = _Feed(chain([first], coming)), _Listener(done, tries, watch, begun, died, patience_seconds)
     tuner = tune.Tuner(
         tune.with_resources(bound, {"cpu": 1, "gpu": gpus_per_worker}),
         tune_config=tune.TuneConfig(
@@ -216,9 +226,10 @@ class _Listener(tune.Callback):
         tries: int,
         watch: Watch[Any, Any] | None,
         begun: Callable[[Any], None] | None,
+        died: Callable[[Any, str], None] | None,
         patience_seconds: float,
     ) -> None:
-        self._done, self._tries, self._watch, self._begun = done, tries, watch, begun
+        self._done, self._tries, self._watch, self._begun, self._died = done, tries, watch, begun, died
         self._patience_seconds, self._idle_since = patience_seconds, math.inf
         self._reports: dict[str, list[Any]] = {}  # of the trials that are running, by trial
         self._finished: set[str] = set()
@@ -231,6 +242,7 @@ class _Listener(tune.Callback):
             "_done": None,
             "_watch": None,
             "_begun": None,
+            "_died": None,
         }  # Tune pickles its callbacks beside a state that we never resume from
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
@@ -257,6 +269,13 @@ class _Listener(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._reports.pop(trial.trial_id, None)  # it begins anew
+        if self._died is None or trial.trial_id in self._finished:
+            return
+        try:
+            self._died(trial.config["item"].value, what_killed(_last_error(trial)))
+        except StorageError as error:
+            self.stopped = error
+            raise
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self.over += 1
@@ -268,4 +287,13 @@ class _Listener(tune.Callback):
         self.over += 1
         if trial.trial_id in self._finished:  # its worker died after its report
             return
-        self.lost.append((trial.config["item"].value, death_reason(self._tries, trial.get_pickled_error())))
+        self.lost.append((trial.config["item"].value, death_reason(self._tries, _last_error(trial))))
+
+
+def _last_error(trial: Any) -> str | None:
+    """What Tune noted of a trial's last failure, beside the driver; None where it noted nothing."""
+    try:
+        noted = Path(trial.error_file).read_text(errors="replace")
+    except (OSError, TypeError):  # the second: there is no file
+        return None
+    return noted.rpartition("Failure # ")[2].partition("\n")[2].strip() or None
