@@ -58,8 +58,8 @@ class Choice:
     the values of these options, or how many and between what. tuned: its
     criterion over `seeds`. lead: by how much it is ahead of the second, paired by seed and by reference, since both
     have the same originals and are held against the same references. confirmed: the criterion on the runs that report
-    it. edges: the options whose value is the lowest or highest that was tried. failed: the candidates that failed, and
-    why.
+    it. edges: the options whose value is the lowest or highest that was tried. failed: the candidates that failed or
+    were stopped early, and why.
     """
 
     forget_set: str
@@ -202,7 +202,7 @@ def cells(choice: Choice) -> list[str]:
     error = None if choice.lead is None else choice.lead.standard_error
     if choice.lead is not None and error is not None and choice.lead.mean < 2 * error:
         remarks.append("second is within 2 SE")
-    remarks += [f"failed: {failed}" for failed in choice.failed]
+    remarks += [f"not judged: {failed}" for failed in choice.failed]
     return [
         name_of({"arm": choice.arm, "is_tuned": choice.chosen is not None, "variant": choice.variant}),
         "" if choice.budget is None else f"{choice.budget:g}",

@@ -67,6 +67,8 @@ def pack(words: Sequence[str], project_files: Iterable[Path]) -> Parcel:
             word = _module(word, files)
         elif place.endswith(".py") and function.isidentifier():
             word = _module(place, files) + colon + function
+        elif word.endswith(".py") and Path(word).expanduser().is_file():  # a recipe whose function is not named
+            word = _module(word, files)
         else:
             _check_files(word, files)
         renamed.append(word)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs import work
+from jobs import dry_run, work
 from jobs.session import Options, open_session
 from orchestrator.experiment import Task
 from orchestrator.plan import Plan
@@ -12,7 +12,7 @@ def run(options: Options) -> None:
     """Train what is missing, the campaign first where a forget set needs its scores."""
     session = open_session(options)
     if options.dry_run:
-        work.print_plan(session)
+        dry_run.print_plan(session)
         return
     missing = session.plan.missing(_wanted(session.plan))
     work.note_found(session)

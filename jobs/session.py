@@ -7,15 +7,16 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from inspect import isfunction
+from inspect import isfunction, signature
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from jobs.deadline import Deadline
+from orchestrator import checks
 from orchestrator import plan as planning
 from orchestrator.blocks import remove_leftovers
 from orchestrator.data import Dataset
@@ -26,12 +27,13 @@ from orchestrator.plan import Plan
 from orchestrator.pool import MAX_TRIES
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError, Plugin, load_plugin, read_plugin, suggest
-from orchestrator.store import Store
+from orchestrator.store import Sketch, Store
 from orchestrator.study import Study
 
 Compile = Literal["off", "on", "auto"]
 """Whether subset models are compiled; never part of what is computed, but of `numerics`."""
 
+_STUDY = ("Study", "study.Study", "orchestrator.study.Study", str(Study))  # as an annotation, or the text of one
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a Ray job
 
 
@@ -71,14 +73,14 @@ class Session:
         return replace(self, plan=planning.make(self.study, self.dataset, self.store))
 
 
-def open_store(storage: str, *, patience_seconds: float = Store.patience_seconds) -> Store:
+def open_store(storage: str, *, patience_seconds: float = Store.patience_seconds, kind: type[Store] = Store) -> Store:
     """The store at a root that can be written and read, and that outlives the command; InputError otherwise."""
     if JOB_VARIABLE in os.environ and "://" not in storage and not Path(storage).is_absolute():
         raise InputError(
             f"storage is {storage!r}, which ends with the working directory of this Ray job; "
             "give --storage an absolute path that all nodes share, or s3://bucket/prefix"
         )
-    store = Store(storage, s3_endpoint(), patience_seconds)
+    store = kind(storage, s3_endpoint(), patience_seconds)
     store.probe()
     store.sweep_up()
     return store
@@ -108,27 +110,37 @@ def load_plugins(names: Sequence[str]) -> tuple[Plugin, ...]:
 
 def make_study(options: Options) -> Study:
     """The recipe's study with the overrides applied; a recipe of the user's own is `file.py:function`."""
-    place, colon, name = options.recipe.rpartition(":")
-    study = checked(lambda: _own_study(place, name)) if colon else checked(RECIPES[name].function)
+    own = _own_recipe(options.recipe)
+    study = checked(lambda: _own_study(*own)) if own else checked(RECIPES[options.recipe].function)
     return override(study, options.assignments)
 
 
 def recipe_modules(options: Options) -> list[str]:
     """The modules that are loaded here and on every worker: that of the recipe, and the plugins."""
-    place, colon, _ = options.recipe.rpartition(":")
-    return [*options.plugins, *([place] if colon and place not in options.plugins else [])]
+    own = _own_recipe(options.recipe)
+    return [*options.plugins, *([own[0]] if own and own[0] not in options.plugins else [])]
+
+
+def _own_recipe(recipe: str) -> tuple[str, str] | None:
+    """Module and function of a recipe of the user's own, the function empty where none is named; None for others."""
+    place, colon, name = recipe.rpartition(":")
+    if colon:
+        return place, name
+    return (recipe, "") if recipe.endswith(".py") else None
 
 
 def _own_study(place: str, name: str) -> Study:
-    """What a function in a user's module returns; InputError where that is not a study."""
+    """What a function in a user's module returns, the only recipe there if none is named; InputError for no study."""
     plugin = read_plugin(place)
     load_plugin(plugin)
     found = vars(sys.modules[plugin.module])
-    functions = [n for n, value in found.items() if isfunction(value) and value.__module__ == plugin.module]
+    functions = {n: f for n, f in found.items() if isfunction(f) and f.__module__ == plugin.module}
+    if not name:
+        name = _only_recipe(place, functions)
     if name not in functions:
         raise InputError(f"{place} has no function {name!r}; {suggest(name, functions)}")
     try:
-        study = found[name]()
+        study = functions[name]()
     except (InputError, ValidationError):
         raise
     except Exception as error:
@@ -139,13 +151,31 @@ def _own_study(place: str, name: str) -> Study:
     return study
 
 
+def _only_recipe(place: str, functions: Mapping[str, Callable[..., Any]]) -> str:
+    """The name of the one function that looks like a recipe; InputError, with what there is, for none or several.
+
+    Those look like one that are said to return a Study; where nothing is said, those that need no argument.
+    """
+    said = [name for name, f in functions.items() if str(getattr(f, "__annotations__", {}).get("return")) in _STUDY]
+    bare = [name for name, f in functions.items() if not name.startswith("_") and not signature(f).parameters]
+    looking = [name for name in said if name in bare] or bare
+    if len(looking) == 1:
+        return looking[0]
+    listed = " or ".join(f"{place}:{name}" for name in looking)
+    found = f"; allowed: {listed}" if listed else ", and none there looks like a recipe; allowed: FILE.py:FUNCTION"
+    raise InputError(
+        f"recipe {place} names no function{found}, a function without arguments that returns an "
+        "orchestrator.study.Study"
+    )
+
+
 def open_session(options: Options) -> Session:
     """Check everything that can be known before training: plugins, recipe, overrides, data, store and its rows."""
     plugins = load_plugins(recipe_modules(options))
     study = make_study(options)
-    store = open_store(options.storage)
+    store = open_store(options.storage, kind=Sketch if options.dry_run else Store)
     dataset = _dataset(study, options.dry_run)
-    study = planning.pinned(study, dataset, store)
+    study = checks.pinned(study, dataset, store)
     context = Context(store, plugins, study.data.label, git_commit(), marker=f"nodes/{secrets.token_hex(8)}")
     heart = Heart(store, f"{''.join(sys.argv[1:2])} {options.recipe}")
     plan = planning.make(study, dataset, store)

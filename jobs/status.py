@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from analysis import costs as analysis
-from jobs import work
+from jobs import dry_run, work
 from jobs.progress import console
 from jobs.session import Options, existing_store, open_session
 from orchestrator import costs, exact, heartbeats, results
@@ -30,7 +30,7 @@ def run(options: Options) -> None:
     if options.recipe:
         existing_store(options.storage)
         session = open_session(options)
-        work.print_plan(session)
+        dry_run.print_plan(session)
         return
     store = existing_store(options.storage)
     present = results.row_keys(store)

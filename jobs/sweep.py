@@ -6,13 +6,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 
 import typer
 
-from jobs import searching, tune, work
+from jobs import dry_run, searching, tune, work
 from jobs.deadline import OUT_OF_TIME, OutOfTimeError
 from jobs.ledger import Ledger, stretch_of
 from jobs.progress import bars, console
@@ -22,10 +22,10 @@ from orchestrator import export, results, tracking
 from orchestrator.cluster import Cluster
 from orchestrator.contact import redacted
 from orchestrator.costs import Outcome
-from orchestrator.experiment import Task, Workspace
+from orchestrator.experiment import Task, Workspace, attempt_of
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
-from orchestrator.results import Member, Sweep
+from orchestrator.results import Member, Sweep, put_attempt
 from orchestrator.specs import RunSpec, key
 
 
@@ -46,7 +46,7 @@ def run(options: Options) -> None:
 
     session = open_session(options)
     if options.dry_run:
-        work.print_plan(session)
+        dry_run.print_plan(session)
         searching.print_plan(session)
         return
     done = sweep(session)
@@ -93,8 +93,11 @@ def sweep(session: Session) -> Done:
         def phase(session: Session) -> None:
             wanted = _prepared(session.plan) + session.plan.runs()
             missing = session.plan.missing(wanted)
-            cost.cached += len(wanted) - len(missing)
+            cost.cached += len(wanted) - len(missing) - len(session.plan.halted)
             work.note_found(session)
+            if again := session.plan.failed_before(session.store):
+                cost.again |= {key(task.spec) for task in again}
+                console.print(f"runs that failed before, and are tried again: {len(again)}", highlight=False)
             if missing:
                 _compute(session, cluster(), cost, lambda outcome: stored([outcome.key]), asking)
             else:
@@ -103,7 +106,7 @@ def sweep(session: Session) -> Done:
         put(sweep)
         if asking is not None:
             session = replace(session, plan=asking.begin(stored))
-        with suppress(OutOfTimeError):
+        try:
             if session.plan.undecided:
                 session = tune.settle(session, phase)
                 sweep = _record(session)
@@ -111,6 +114,8 @@ def sweep(session: Session) -> Done:
             elif session.study.tuning is not None:
                 cost.cached += tune.found(session.plan)
             phase(session)
+        except OutOfTimeError:
+            session.heart.leave("the time budget of its command ended while a worker was at it")
         num_left = _num_left(session, cost, asking)
         if num_left:
             cost.is_whole = False
@@ -141,7 +146,8 @@ def _num_left(session: Session, cost: work.Cost, asking: searching.Asking | None
     if any(outcome.kind == "model" for outcome in cost.failures):
         left = [task for task in left if task.kind != "block"]
     tuning = plan.tuning.against(session.store) if plan.tuning is not None and plan.undecided else None
-    before = len(tuning.missing(_prepared(tuning) + tuning.runs())) if tuning is not None else 0
+    unchosen = tuning.missing(_prepared(tuning) + tuning.runs()) if tuning is not None else []
+    before = sum((task.kind, key(task.spec)) not in over for task in unchosen)
     return before + len(left) + plan.undecided + (asking.num_left if asking and not cost.failures else 0)
 
 
@@ -219,6 +225,10 @@ def _try(
                 cost.hear(outcome)
             advance("runs", 1)
 
+        def died(task: Task, reason: str) -> None:
+            said = f"its worker died ({reason or 'Ray does not say of what'}), and it was tried again"
+            put_attempt(session.store, attempt_of(task, "interrupted", said))
+
         with work.deaths(session, done):
             run_trials(
                 Workspace.perform,
@@ -229,6 +239,7 @@ def _try(
                 gpus_per_worker=cluster.gpus_per_worker,
                 done=done,
                 begun=session.heart.begin,
+                died=died,
                 tries=options.retries + 1,
                 watch=None if rule is None else searching.watching(session.store, rule, session.plan, stopped),
             )

@@ -45,16 +45,17 @@ def found(plan: Plan) -> int:
         console.print("nothing to tune: every arm has a single setting")
         return 0
     say(plan)
-    return len(plan.tuning.references()) + len(plan.tuning.runs())
+    return len(plan.tuning.references()) + len(plan.tuning.runs()) - len(plan.tuning.halted)
 
 
 def say(plan: Plan) -> None:
-    """Name the settings that failed and the cells that nothing could be chosen for."""
+    """Name the settings that were no candidates, with why, and the cells that nothing could be chosen for."""
     chosen = plan.selections or {}
-    failed = [c for selection in chosen.values() for c in selection.candidates if c.error is not None]
+    out = sum(c.error is not None for selection in chosen.values() for c in selection.candidates)
+    left = f"; {out} that failed or were stopped early were no candidates" if out else ""
     console.print(
         f"settings chosen for {sum(s.chosen is not None for s in chosen.values())} of {len(chosen)} cells "
-        "(`unlearn report --table selections`)" + (f"; {len(failed)} failed and were not candidates" if failed else ""),
+        f"(`unlearn report --table selections`){left}",
         highlight=False,
     )
     for cell, selection in chosen.items():

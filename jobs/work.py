@@ -29,7 +29,6 @@ from orchestrator.cluster import Cluster, ray_cluster
 from orchestrator.compiled import pays
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset
-from orchestrator.estimates import Estimate, measured
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
 from orchestrator.heartbeats import Command
 from orchestrator.nodes import one_root
@@ -53,6 +52,7 @@ class Cost:
     outcomes: list[Outcome] = field(default_factory=list)
     cached: int = 0
     stopped: int = 0  # runs that a scheduler ended early
+    again: set[str] = field(default_factory=set)  # keys of runs that failed before, and were to be tried again
     is_whole: bool = True  # nothing of what was planned is left
     ledger: Ledger | None = None  # of the stretch of work that is going on
 
@@ -340,70 +340,15 @@ def print_overlaps(session: Session) -> None:
     console.print(f"forget sets: {sizes}" + (f"; in common: {shared}" if shared else ""), highlight=False)
 
 
-def print_plan(session: Session) -> None:
-    """What a dry run says: per wave, what is in the store, what would be computed, and how long that would take."""
-    plan = session.plan
-    waves = plan.counts()
-    tasks = (
-        {"subset models": plan.missing(plan.models(plan.missing(plan.blocks())))} if "subset models" in waves else {}
-    )
-    if plan.tuning is not None:
-        tasks |= {f"tuning {name}": plan.tuning.missing(wave) for name, wave in plan.tuning.waves().items()}
-    tasks |= {name: plan.missing(wave) for name, wave in plan.waves().items()}
-    tasks["runs"] += plan.missing(plan.waiting())
-    on_gpu = session.options.gpus_per_worker != 0
-    rates = measured(
-        session.store,
-        session.study.setting(session.dataset.fingerprint),
-        len(session.dataset.splits["train"]),
-        on_gpu=on_gpu,
-    )
-    each = {name: rates.of(wave) for name, wave in tasks.items()}
-    for name, counts in waves.items():
-        took = f", about {_duration(each[name].seconds)}" if each[name].seconds else ""
-        console.print(f"{name}: {counts['done']} in the store, {counts['missing']} to compute{took}", highlight=False)
-    models = sum(counts["missing"] for name, counts in waves.items() if not name.endswith("localizations"))
-    console.print(f"models to train: {models}", highlight=False)
-    if plan.undecided:
-        console.print(
-            f"{plan.undecided} of the runs confirm settings that the tuning runs choose first", highlight=False
-        )
-    if any(tasks.values()):
-        console.print(_needed_time(session, sum(each.values(), Estimate()), rates.count), highlight=False)
-
-
-def _needed_time(session: Session, estimate: Estimate, count: int) -> str:
-    """One sentence on the device-hours that a plan needs."""
-    share = session.options.gpus_per_worker
-    device, part = ("GPU", 1.0 if share == "auto" else share) if share != 0 else ("core", 1.0)
-    unknown = ", ".join(estimate.unknown)
-    if not estimate.seconds:
-        return (
-            f"{device}-hours: nothing was measured with this data and model in this store yet; "
-            f"`unlearn memorize {session.study.recipe} --models 10` with the same options measures a rate"
-        )
-    said = f"about {estimate.seconds * part / 3600:.2g} {device}-hours, by {count} measurements in this store"
-    return said + (f"; nothing was measured for: {unknown}" if unknown else "")
-
-
-def _duration(seconds: float) -> str:
-    """A worker's time in the unit that reads best."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
 def conclude(cost: Cost) -> None:
     """Say what it cost; exit 1 where something failed."""
     console.print(cost.line(), highlight=False)
     if cost.failures:
         first = escape(str(cost.failures[0].error).rstrip("."))
+        again = sum(outcome.key in cost.again for outcome in cost.failures)
         console.print(
-            f"[red]{len(cost.failures)} failed[/red]; the first: {first}. "
+            f"[red]{len(cost.failures)} failed[/red]{f', {again} of them not for the first time' if again else ''}; "
+            f"the first: {first}. "
             "The same command tries them again; `unlearn status` shows all, attempts/ in the store what is known."
         )
         raise typer.Exit(1)

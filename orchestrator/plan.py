@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from orchestrator import results, selections
+from orchestrator import checks, results, selections
 from orchestrator.arms import CAMPAIGN
 from orchestrator.arrays import check_whole
-from orchestrator.axes import Distribution
 from orchestrator.data import Dataset
 from orchestrator.experiment import Task, forget_indices, scores_object
-from orchestrator.localization import num_selected
 from orchestrator.memorization import BLOCK_SIZE
-from orchestrator.models import factory
-from orchestrator.progress import stopped_series
+from orchestrator.progress import last_attempts, stopped_series
 from orchestrator.proxies import PROXIES
-from orchestrator.registry import File, Fits, InputError
+from orchestrator.registry import InputError
 from orchestrator.results import Member, Role, Sweep
 from orchestrator.search import check_objective
-from orchestrator.seeds import generator
 from orchestrator.selections import Selections
 from orchestrator.specs import (
     CampaignSpec,
@@ -43,7 +38,6 @@ from orchestrator.study import Study
 from orchestrator.unlearning import METHODS
 
 _OTHERS = ("validation", "test")  # splits beside the two parts of the training set
-PINNED = "files/"  # where users' files are kept in a store
 
 
 @dataclass(frozen=True)
@@ -69,6 +63,28 @@ class Plan:
     def missing(self, tasks: Iterable[Task]) -> list[Task]:
         known = self.present | self.stopped
         return [task for task in tasks if any(name not in known for name in task.objects)]
+
+    @property
+    def halted(self) -> list[Task]:
+        """The runs without a row that a scheduler has stopped early, and that are not begun again under one."""
+        return self._halted(self.runs()) if self.stopped else []
+
+    def _halted(self, tasks: Iterable[Task]) -> list[Task]:
+        stopped = self.stopped - self.present
+        return [task for task in tasks if task.object_name in stopped]
+
+    def failed_before(self, store: Store) -> list[Task]:
+        """The runs that are missing and whose last try failed: they are tried again."""
+        missing = {key(task.spec): task for task in self.missing([*self.references(), *self.runs()])}
+        last = last_attempts(store, missing)
+        return [task for name, task in missing.items() if name in last and last[name].status == "failed"]
+
+    def foreseen(self, store: Store) -> Plan:
+        """The plan settled already where no tuning run is missing but such as failed before: as if they fail again."""
+        if self.tuning is None or not self.undecided:
+            return self
+        missing = self.tuning.missing([*self.tuning.references(), *self.tuning.runs()])
+        return self.settled(store) if len(missing) == len(self.tuning.failed_before(store)) else self
 
     def against(self, store: Store) -> Plan:
         """The same, against what the store holds now."""
@@ -239,11 +255,11 @@ class Plan:
         }
 
     def counts(self) -> dict[str, Counter[str]]:
-        """Per wave, how many tasks are done and missing."""
+        """Per wave, how many tasks are done, missing, and stopped early."""
         waves = {"subset models": self.campaign_counts()} if self.needs_scores else {}
         for name, tasks in self.waves().items():
-            missing = len(self.missing(tasks))
-            waves[name] = Counter(done=len(tasks) - missing, missing=missing)
+            missing, halted = len(self.missing(tasks)), len(self._halted(tasks))
+            waves[name] = Counter(done=len(tasks) - missing - halted, missing=missing, stopped=halted)
         missing = len(self.missing(self.waiting()))
         waves["runs"] += Counter(done=self.undecided - missing, missing=missing)
         if self.tuning is None:
@@ -269,10 +285,10 @@ def make(study: Study, dataset: Dataset, store: Store) -> Plan:
         )
     plan = Plan(study, dataset.fingerprint, _present(store)).suggested(store)
     present = plan.present
-    sizes = {rule.name: _check_forget_set(rule, dataset, store.get) for rule in study.forget_sets}
+    sizes = {rule.name: checks.check_forget_set(rule, dataset, store.get) for rule in study.forget_sets}
     for rule in study.forget_sets:
-        _check_stages(study, rule, sizes[rule.name])
-    _check_model(study, dataset)
+        checks.check_stages(study, rule, sizes[rule.name])
+    checks.check_model(study, dataset)
     for name in {study.scores, *study.scores_used} & set(PROXIES):
         if "validation" in PROXIES[name].inputs and not len(dataset.splits["validation"]):
             raise InputError(f"scores={name} needs a validation split; give the data one (data.num_validation)")
@@ -351,72 +367,6 @@ def _inputs(task: Task) -> list[str]:
     if isinstance(spec, RunSpec) and spec.localization is not None:
         found.append(Task("localization", spec.localization).object_name)
     return found
-
-
-def pinned(study: Study, dataset: Dataset, store: Store) -> Study:
-    """The study with the files that its forget sets name checked, copied into the store and named by their content."""
-    rules = tuple(_pinned_rule(rule, dataset, store) for rule in study.forget_sets)
-    changes: dict[str, Any] = {"forget_sets": rules}
-    if study.tuning is not None:
-        stands = {name: _pinned_rule(rule, dataset, store) for name, rule in study.tuning.forget_sets.items()}
-        changes["tuning"] = study.tuning.model_copy(update={"forget_sets": stands})
-    return study.model_copy(update=changes)
-
-
-def _pinned_rule(rule: ForgetSet, dataset: Dataset, store: Store) -> ForgetSet:
-    options = dict(rule.options)
-    for name, option in rule.entry.options.items():
-        if not option.has_mark(File) or options[name].startswith(PINNED):
-            continue
-        path = Path(options[name])
-        if not path.is_file():
-            raise InputError(f"forget file {str(path)!r} does not exist; set forget_sets.{rule.name}.{name} to a file")
-        _check_forget_set(rule, dataset, lambda given: Path(given).read_bytes())  # errors name the user's own path
-        content = path.read_bytes()
-        options[name] = f"{PINNED}{hashlib.sha256(content).hexdigest()[:32]}{path.suffix}"
-        if not store.exists(options[name]):
-            store.put(options[name], content)
-    return ForgetSet(name=rule.name, options=options)
-
-
-def _check_forget_set(rule: ForgetSet, dataset: Dataset, files: Callable[[str], bytes]) -> int:
-    """Draw the set once on stand-in scores, for its size: what it refuses, it refuses before anything is trained."""
-    available = {
-        "labels": dataset.split_labels("train"),
-        "true_labels": dataset.split_true_labels("train"),
-        "class_names": dataset.class_names,
-        "memorization": np.zeros(len(dataset.splits["train"])),
-        "rng": np.random.default_rng(0),
-        "files": files,
-    }
-    return len(rule.entry(available, rule.options))
-
-
-def _check_stages(study: Study, rule: ForgetSet, size: int) -> None:
-    """Raise InputError where a method has more stages than a forget set has examples."""
-    for name, arm in study.methods.items():
-        if len(arm.stages) > size:
-            raise InputError(
-                f"method {name} has {len(arm.stages)} stages and forget set {rule.name} has {size} examples; "
-                "allowed: a stage for each example at most"
-            )
-
-
-def _check_model(study: Study, dataset: Dataset) -> None:
-    """Make the model once: it must take images of this size, and budgets and options must fit it."""
-    make = factory(study.model.name, study.model.options, dataset.image_shape, dataset.num_classes)
-    model = make(generator(0, "check"))
-    arms = [each for arm in study.methods.values() for each in (arm, *arm.stages)]
-    for arm in arms:
-        options = METHODS[arm.method].options
-        for option in options.values():
-            for fits in option.marks(Fits):
-                axis = arm.options.get(option.name, (option.default,))
-                for value in axis.values if isinstance(axis, Distribution) else axis:
-                    fits.check(model, value)
-    entries = sum(parameter.numel() for parameter in model.parameters())
-    for budget in {budget for arm in arms for budget in arm.budgets if budget is not None}:
-        num_selected(budget, entries)
 
 
 def overlaps(sets: Mapping[str, np.ndarray]) -> list[tuple[str, str, int]]:

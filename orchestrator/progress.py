@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from orchestrator.costs import Outcome
-from orchestrator.results import Attempt, get_attempts, put_attempt
+from orchestrator.results import Attempt, put_attempt
+from orchestrator.sealed import unseal
 from orchestrator.specs import RunSpec, key
 from orchestrator.store import Store
 
@@ -82,8 +83,15 @@ def put_stopped(store: Store, spec: RunSpec, reports: Sequence[Progress], why: s
 
 def stopped_series(store: Store, keys: Sequence[str]) -> dict[str, Mapping[str, Sequence[float]]]:
     """Of the runs whose last attempt was stopped early, by key: the series that they had."""
-    wanted, found = set(keys), {}
-    for name, tries in get_attempts(store).items():
-        if name in wanted and tries[-1].status == STOPPED:
-            found[name] = tries[-1].provenance["series"]
-    return found
+    last = last_attempts(store, frozenset(keys))
+    return {name: tried.provenance["series"] for name, tried in last.items() if tried.status == STOPPED}
+
+
+def last_attempts(store: Store, keys: Collection[str]) -> dict[str, Attempt]:
+    """The newest attempt at each of these runs that has any, by key."""
+    newest: dict[str, int] = {}
+    for name in store.names("attempts") if keys else ():
+        run, _, number = name.removesuffix(".json").partition("/")
+        if run in keys:
+            newest[run] = max(int(number), newest.get(run, 0))
+    return {run: Attempt(**unseal(store, f"attempts/{run}/{number}.json")) for run, number in newest.items()}

@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -224,6 +224,43 @@ class Store:
                 "allowed: a folder that you may write to, or s3://bucket/prefix of an existing bucket "
                 "with credentials set"
             ) from None
+
+
+@dataclass(frozen=True)
+class Sketch(Store):
+    """A store that is only read: what is put is kept in memory, beside what is there. For dry runs."""
+
+    _kept: dict[str, bytes] = field(default_factory=dict, compare=False)
+
+    def put(self, name: str, content: bytes) -> None:
+        self._kept[name] = content
+
+    def get(self, name: str) -> bytes:
+        return self._kept[name] if name in self._kept else super().get(name)
+
+    def exists(self, name: str) -> bool:
+        return name in self._kept or super().exists(name)
+
+    def delete(self, name: str) -> None:
+        self._kept.pop(name, None)
+
+    def probe(self) -> None:
+        """Raise InputError where the root cannot be read, or where it is clear that it could not be written."""
+        self._checked(lambda: self._patiently(lambda: self._is_file("probe"), _BUSY))
+        if self.is_local:
+            self._checked(lambda: _check_place(Path(self.root)))
+
+    def sweep_up(self) -> None:
+        """Nothing: that is for commands that write."""
+
+
+def _check_place(root: Path) -> None:
+    """Raise OSError where a folder cannot be made, or written to."""
+    nearest = next(path for path in (root, *root.parents) if path.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"{str(nearest)!r} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{str(nearest)!r} may not be written to")
 
 
 def _put_file(path: Path, content: bytes) -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 from analysis import load, report, tables
+from jobs import work
 from orchestrator import export, plan, results, selections
+from orchestrator.costs import Outcome
 from orchestrator.criteria import CRITERIA
 from orchestrator.data import DATASETS, Dataset, SplitOutputs
 from orchestrator.overrides import override
@@ -21,7 +24,7 @@ from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
 from orchestrator.results import Attempt, Row
 from orchestrator.specs import RunSpec, key
-from orchestrator.store import Store
+from orchestrator.store import Sketch, Store
 from orchestrator.study import Study
 from tests.commands import rows, run
 
@@ -176,6 +179,42 @@ def test_one_failed_seed_takes_a_setting_out_and_names_it(dataset: Dataset, tmp_
     found = next(s for s in settled.selections.values() if (s.arm, s.forget_set) == ("finetune", "random"))
     assert [c.error for c in found.candidates] == [None, "loss is NaN", None, None]
     assert settled.undecided == 0
+
+
+def test_a_setting_that_failed_before_is_counted_and_what_its_failing_again_leaves_is_there(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    tuning = plan.make(study(), dataset, store).tuning
+    assert tuning is not None
+    specs = [t.spec for t in (*tuning.references(), *tuning.runs()) if isinstance(t.spec, RunSpec)]
+    *others, victim, waiting = specs
+    pretend(store, others, level)
+    results.put_attempt(store, Attempt(key(victim), victim.model_dump(mode="json"), "failed", "loss is NaN"))
+    some = plan.make(study(), dataset, store)
+    assert some.foreseen(store).undecided == 2 * 2 * 2, "one was never tried: nobody knows what will be chosen"
+    pretend(store, [waiting], level)
+    made = plan.make(study(), dataset, store)
+    assert made.tuning is not None
+    assert [task.spec for task in made.tuning.failed_before(store)] == [victim]
+    assert made.undecided == 2 * 2 * 2, "it is tried again before anything is chosen"
+    foreseen = made.foreseen(Sketch(store.root))
+    assert not store.names("selections"), "a dry run stored a choice"
+    pretend(store, [spec for _, spec in foreseen.named_runs()], level)
+    counts = plan.make(study(), dataset, store).foreseen(store).counts()
+    assert (counts["tuning runs"]["missing"], counts["runs"]["missing"], counts["runs"]["done"]) == (1, 0, 4 + 8)
+    results.put_attempt(store, Attempt(key(victim), victim.model_dump(mode="json"), "interrupted", "killed"))
+    assert made.tuning.failed_before(store) == []
+
+
+def test_what_failed_again_is_said_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = [Outcome("run", name, 0, 0.0, 0.0, 0.0, 0.0, "loss is NaN", name) for name in ("a", "b")]
+    once_more = "2 failed, 1 of them not for the first time; the first: loss is NaN."
+    for again, said in (({"b", "c"}, once_more), (set[str](), "2 failed; the first: loss is NaN.")):
+        with pytest.raises(typer.Exit) as end:
+            work.conclude(work.Cost(failed, again=again))
+        assert end.value.exit_code == 1
+        assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_cell_whose_settings_all_failed_is_not_reported(dataset: Dataset, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import boto3
 import pytest
 
 from orchestrator.registry import InputError
-from orchestrator.store import TEMPORARY, StorageError, Store
+from orchestrator.store import TEMPORARY, Sketch, StorageError, Store
 from tests.faults import Line, Trouble, free_port, s3_server, tmpfs
 
 
@@ -383,3 +383,21 @@ def test_a_store_travels_to_another_process(store: Store) -> None:
 
     store.put("travels/a", b"x")
     assert pickle.loads(pickle.dumps(store)).get("travels/a") == b"x"
+
+
+def test_a_sketch_is_the_store_with_what_is_put_in_it_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "root"))
+    store.put("rows/a.json", b"a")
+    sketch = Sketch(store.root)
+    sketch.sweep_up()
+    sketch.probe()
+    sketch.put("rows/b.json", b"b")
+    sketch.put("rows/a.json", b"c")
+    sketch.delete("rows/a.json")
+    assert (sketch.get("rows/a.json"), sketch.get("rows/b.json")) == (b"a", b"b")
+    assert [sketch.exists(f"rows/{name}.json") for name in "abc"] == [True, True, False]
+    assert {name: store.get(f"rows/{name}") for name in store.names("rows")} == {"a.json": b"a"}
+    Sketch(str(tmp_path / "none" / "yet")).probe()
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+    with pytest.raises(InputError, match=r"a\.json' is no folder"):
+        Sketch(f"{store.root}/rows/a.json/below").probe()
