@@ -15,7 +15,7 @@ from orchestrator.plan import Plan
 from orchestrator.progress import Progress, Watch, put_stopped, stopped_series
 from orchestrator.registry import canonical_json
 from orchestrator.results import Sweep
-from orchestrator.search import Asha, Halving, objective_of
+from orchestrator.search import Asha, Halving, distinct, num_to_choose, objective_of
 from orchestrator.specs import RunSpec, key
 from orchestrator.store import Store
 from orchestrator.suggestions import suggest
@@ -34,7 +34,7 @@ class Asking:
     @property
     def num_left(self) -> int:
         """How many settings are still to be chosen."""
-        return max(0, self.plan.study.search.samples - len(self.plan.suggestions))
+        return _num_left(self.plan)
 
     def begin(self, known: Callable[[list[str]], None]) -> Plan:
         """The plan with something to do in it, if anything is left: what is chosen first needs no worker to choose."""
@@ -51,7 +51,7 @@ class Asking:
         found = suggest(
             arm.axes(),
             tried,
-            number=len(chosen),
+            chosen=chosen,
             seed=study.search.seed,
             is_maximised=study.search.is_maximised,
         )
@@ -94,7 +94,8 @@ class Asking:
     def print_best(self) -> None:
         """Say which setting came out best, and that its objective is that of the best of many."""
         search = self.plan.study.search
-        tried = [(value, values) for values in self.plan.suggestions if (value := self.value_of(values)) is not None]
+        chosen = distinct(self.plan.suggestions)
+        tried = [(value, values) for values in chosen if (value := self.value_of(values)) is not None]
         if not tried:
             return
         value, values = (max if search.is_maximised else min)(tried, key=lambda pair: pair[0])
@@ -106,18 +107,23 @@ class Asking:
         )
 
 
+def _num_left(plan: Plan) -> int:
+    (arm,) = plan.study.searched().values()
+    return num_to_choose(arm.axes(), plan.suggestions, plan.study.search.samples)
+
+
 def print_plan(session: Session) -> None:
     """What a dry run says of choices that are still to be made, and of runs that were stopped."""
     plan, study = session.plan, session.study
     if study.searched():
-        left = max(0, study.search.samples - len(plan.suggestions))
+        left = _num_left(plan)
         console.print(
-            f"Optuna has chosen {len(plan.suggestions)} settings and will choose {left} more: "
+            f"Optuna has chosen {len(distinct(plan.suggestions))} settings and will choose {left} more: "
             f"{left * len(study.seeds)} runs beside those above",
             highlight=False,
         )
-    if plan.stopped:
-        console.print(f"{len(plan.stopped)} runs were stopped early before, and stay so under a scheduler")
+    if halted := len(_halted(plan)):
+        console.print(f"{halted} runs were stopped early before, and stay so under a scheduler", highlight=False)
 
 
 def cell_of(run: RunSpec) -> str:
@@ -152,11 +158,16 @@ def watching(store: Store, rule: Asha, plan: Plan, hear: Callable[[Sequence[Prog
     return Watch(stops, stopped)
 
 
+def _halted(plan: Plan) -> list[Task]:
+    return plan.halted + ([] if plan.tuning is None else plan.tuning.halted)
+
+
 def print_stopped(plan: Plan, now: int) -> None:
-    """Say how many runs were stopped early, and what that means."""
+    """Say how many runs were stopped early, those of tuning included, and what that means."""
     if plan.study.scheduler is not None:
+        total = len(plan.runs()) + (0 if plan.tuning is None else len(plan.tuning.runs()))
         console.print(
-            f"{now} runs were stopped early now and {len(plan.stopped)} before, of {len(plan.runs())}; "
+            f"{now} runs were stopped early now and {len(_halted(plan))} before, of {total}; "
             "--scheduler none runs them to their end",
             highlight=False,
         )

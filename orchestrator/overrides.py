@@ -52,6 +52,7 @@ def override(study: Study, assignments: Iterable[str]) -> Study:
     for place, text in enumerate(texts):
         changed = assign(changed, text, dict(_split(later) for later in texts[place + 1 :]))
     changed.check_whole()  # not before: a strategy may be set before its budget
+    changed.check_used(path.removeprefix("search.") for path, _ in map(_split, texts) if path.startswith("search."))
     return changed
 
 
@@ -65,8 +66,8 @@ def assign(study: Study, assignment: str, later: Mapping[str, str] | None = None
 
     Fields of the study and of its parts (`references`, `seeds`, `training.epochs`, `campaign.models`), options of its
     functions (`data.train`, `model.width`, `forget_sets.random.fraction`), which `methods` and `forget_sets` take part,
-    one arm's axes (`methods.del.lr=0.03,0.1`, `.budget`, `.strategy`, `.granularity`), or an axis of all arms that
-    have it (`lr=0.1`, `budget=0.1,0.3`). Raises InputError with what, got and allowed.
+    one arm's axes (`methods.del.lr=0.03,0.1`, `.budget`, `.strategy`, `.granularity`), or an axis of all arms and
+    stages that have it (`lr=0.1`, `budget=0.1,0.3`). Raises InputError with what, got and allowed.
     """
     path, equals, text = assignment.partition("=")
     if not equals or not path:
@@ -85,7 +86,7 @@ def _assigned(study: Study, path: str, text: str, later: Mapping[str, str]) -> S
     elif field in ("training", "campaign", "search"):
         changes = _part(getattr(study, field), rest, text, path)
     elif field == "scheduler":
-        changes = _scheduler(study.scheduler, rest, text, path)
+        changes = _scheduler(study.scheduler, rest, text, path, later)
     elif field == "forget_sets":
         changes = _forget_sets(study.forget_sets, rest, text, path, later)
     elif field == "methods":
@@ -96,11 +97,11 @@ def _assigned(study: Study, path: str, text: str, later: Mapping[str, str]) -> S
         changes = text.split(",")
     elif field in ("references", "forget_draw", "original_seed", "protocol", "scores") and not rest:
         changes = text
-    elif not rest and _arms_with(study, field):
-        arms = _arms_with(study, field)
+    elif not rest and any(_has(arm, field) for arm in study.methods.values()):
+        kept = later["methods"].split(",") if "methods" in later else study.methods  # what is dropped fits anything
         field, changes = (
             "methods",
-            {name: _arm(arm, path, text, path) if name in arms else arm for name, arm in study.methods.items()},
+            {name: _everywhere(arm, path, text) if name in kept else arm for name, arm in study.methods.items()},
         )
     else:
         raise InputError(f"unknown field {path!r}; {suggest(path, _fields(study))}")
@@ -119,7 +120,8 @@ def _fields(study: Study) -> list[str]:
     parts = [
         f"{p}.{field}" for p in ("training", "campaign", "search") for field in type(getattr(study, p)).model_fields
     ]
-    axes = {option for arm in study.methods.values() for option in METHODS[arm.method].options}
+    arms = [each for arm in study.methods.values() for each in (arm, *arm.stages)]
+    axes = {option for arm in arms for option in METHODS[arm.method].options}
     plain = [
         "data",
         "model",
@@ -164,7 +166,12 @@ def _part(part: Any, rest: list[str], text: str, path: str) -> Any:
     return _rebuild(part, rest[0], text)
 
 
-def _scheduler(scheduler: Asha | None, rest: list[str], text: str, path: str) -> Asha | None:
+def _scheduler(scheduler: Asha | None, rest: list[str], text: str, path: str, later: Mapping[str, str]) -> Asha | None:
+    if rest and scheduler is None and "scheduler" not in later:
+        raise InputError(
+            f"{path} is set to {text} and no scheduler is; allowed: with --scheduler asha, which stops runs early "
+            "(or with --scheduler none, which says that none is stopped)"
+        )
     if rest:
         changed: Asha = _part(scheduler or Asha(), rest, text, path)
         return changed
@@ -272,7 +279,16 @@ def _stages(arm: Arm, rest: str, text: str, path: str) -> list[Arm]:
 _FIXED = {"method", "options"}  # fields of an arm that --set does not name
 
 
-def _arms_with(study: Study, axis: str) -> set[str]:
-    if axis == "budget":
-        return {name for name, arm in study.methods.items() if arm.strategy is not None}
-    return {name for name, arm in study.methods.items() if axis in METHODS[arm.method].options}
+def _has(arm: Arm, axis: str) -> bool:
+    """Whether an arm or a stage of it has an axis."""
+    own = arm.strategy is not None if axis == "budget" else axis in METHODS[arm.method].options
+    return own or any(_has(stage, axis) for stage in arm.stages)
+
+
+def _everywhere(arm: Arm, axis: str, text: str) -> Arm:
+    """The arm with an axis set in it and in its stages, where they have it."""
+    stages = [_everywhere(stage, axis, text) for stage in arm.stages]
+    if stages != list(arm.stages):
+        arm = _rebuild(arm, "stages", stages)
+    alone = arm.model_copy(update={"stages": ()})
+    return _arm(arm, axis, text, axis) if _has(alone, axis) else arm

@@ -15,7 +15,7 @@ from orchestrator.axes import Axis, Distribution
 from orchestrator.data import Outputs, SplitOutputs
 from orchestrator.metrics import METRICS
 from orchestrator.pipeline import SERIES
-from orchestrator.registry import InputError, suggest
+from orchestrator.registry import InputError, canonical_json, suggest
 from orchestrator.seeds import numpy_generator
 from orchestrator.specs import Spec
 
@@ -125,10 +125,9 @@ def draws(axes: Mapping[str, Axis], search: Search, *where: str) -> Iterator[dic
     and an axis that comes or goes leaves what is drawn of the others.
     """
     axes = {name: axis if isinstance(axis, Distribution) else tuple(listed(axis)) for name, axis in axes.items()}
-    total = math.prod(axis.size if isinstance(axis, Distribution) else len(axis) for axis in axes.values())
+    total = size(axes)
     if total <= search.samples:
-        for values in product(*map(listed, axes.values())):
-            yield dict(zip(axes, values, strict=True))
+        yield from grid(axes)
         return
     streams = {name: numpy_generator(search.seed, "search", *where, name) for name in axes}
     seen: set[tuple[Any, ...]] = set()
@@ -139,6 +138,33 @@ def draws(axes: Mapping[str, Axis], search: Search, *where: str) -> Iterator[dic
             seen.add(tuple(drawn.values()))
             number += 1
             yield drawn
+
+
+def size(axes: Mapping[str, Axis]) -> float:
+    """How many settings of the axes there are; infinity where one is a range of real numbers."""
+    return math.prod(axis.size if isinstance(axis, Distribution) else len(listed(axis)) for axis in axes.values())
+
+
+def grid(axes: Mapping[str, Axis]) -> Iterator[dict[str, Any]]:
+    """All settings of axes that have finitely many."""
+    for values in product(*map(listed, axes.values())):
+        yield dict(zip(axes, values, strict=True))
+
+
+def distinct(settings: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The settings without those that came before."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for setting in settings:
+        found.setdefault(canonical_json(setting), setting)
+    return list(found.values())
+
+
+def num_to_choose(axes: Mapping[str, Axis], chosen: Sequence[Mapping[str, Any]], samples: int) -> int:
+    """How many of so many settings are still to be chosen; there are no more than the axes have."""
+    total = size(axes)
+    if math.isinf(total):
+        return max(0, samples - len(chosen))
+    return max(0, min(samples, int(total)) - len(distinct(chosen)))
 
 
 def value_at(axis: Axis, share: float) -> Any:

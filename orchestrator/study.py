@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -207,6 +207,24 @@ class Study(Spec):
                 )
         if self.search.kind == "optuna":
             self._check_single()
+
+    def check_used(self, fields: Iterable[str]) -> None:
+        """Raise InputError where a field of the search is set that nothing goes by."""
+        is_asked = self.search.kind == "optuna"
+        drawn = is_asked or any(
+            arm.is_random(self.search) and any(map(is_open, arm.axes().values())) for arm in self.methods.values()
+        )
+        for field in fields:
+            got = f"search.{field} is {getattr(self.search, field)}, which nothing goes by"
+            if field in ("samples", "seed") and not drawn:
+                flag = {"samples": "--samples", "seed": "--search-seed"}[field]
+                raise InputError(
+                    f"{got}, since no method of this study is searched and every setting is run; allowed with "
+                    "a distribution (--set 'lr=loguniform(1e-3, 1e-1)'), --search random or --search optuna; "
+                    f"else leave {flag} out"
+                )
+            if field in ("objective", "direction") and not is_asked:
+                raise InputError(f"{got} but Optuna; allowed with --search optuna; else leave --{field} out")
 
     def _check_single(self) -> None:
         """Raise InputError unless Optuna has one cell to search."""

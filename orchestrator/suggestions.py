@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orchestrator.axes import Axis, Distribution
-from orchestrator.search import listed
+from orchestrator.registry import canonical_json
+from orchestrator.search import grid, listed, size
 from orchestrator.seeds import numpy_generator
+
+_TRIES = 8  # at a setting that was not chosen before, until any other is taken
 
 
 def suggest(
     axes: Mapping[str, Axis],
-    history: Iterable[tuple[Mapping[str, Any], float]],
+    history: Sequence[tuple[Mapping[str, Any], float]],
     *,
-    number: int,
+    chosen: Sequence[Mapping[str, Any]],
     seed: int,
     is_maximised: bool,
 ) -> dict[str, Any]:
-    """One value for each axis, by Optuna's tree-structured Parzen estimator (Bergstra et al. 2011).
+    """One value for each axis, by Optuna's tree-structured Parzen estimator (Bergstra et al. 2011); none twice.
 
-    `history`: what was tried with what came of it, oldest first; the first ten are drawn at random. The sampler is made
-    anew for each number, so nothing but the arguments enters, and Optuna keeps no state that could be lost.
+    `history`: what was tried with what came of it, oldest first; the first ten are drawn at random. `chosen`: all that
+    was chosen before, tried or not; the setting is another, if there is another. The sampler is made anew for each
+    number, so nothing but the arguments enters, and Optuna keeps no state that could be lost.
     """
+    number, known = len(chosen), {canonical_json(setting) for setting in chosen}
+    for again in range(_TRIES):
+        where = (number, again) if again else (number,)
+        found = _asked(axes, history, int(numpy_generator(seed, "optuna", *where).integers(2**31)), is_maximised)
+        if canonical_json(found) not in known:
+            return found
+    others = [] if math.isinf(size(axes)) else [each for each in grid(axes) if canonical_json(each) not in known]
+    return others[int(numpy_generator(seed, "optuna", number, "other").integers(len(others)))] if others else found
+
+
+def _asked(
+    axes: Mapping[str, Axis], history: Iterable[tuple[Mapping[str, Any], float]], stream: int, is_maximised: bool
+) -> dict[str, Any]:
     import optuna  # takes half a second
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = {name: _space(axis, optuna) for name, axis in axes.items()}
-    stream = int(numpy_generator(seed, "optuna", number).integers(2**31))
     study = optuna.create_study(
         direction="maximize" if is_maximised else "minimize", sampler=optuna.samplers.TPESampler(seed=stream)
     )

@@ -1,7 +1,10 @@
 """Random draws, Optuna's choices and ASHA's decisions, as functions: without Ray, and by themselves."""
 
 import re
+from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from optuna.distributions import FloatDistribution
 from ray.tune.schedulers.async_hyperband import _Bracket
 
 from jobs.deadline import Deadline, seconds_of
-from jobs.searching import cell_of
+from jobs.searching import Asking, cell_of
 from orchestrator import results
 from orchestrator.arms import Arm
 from orchestrator.axes import Axis, choice, loguniform, uniform
@@ -19,8 +22,18 @@ from orchestrator.plan import Plan
 from orchestrator.progress import but_last
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import InputError
-from orchestrator.search import Asha, Halving, Search, check_objective, draws, objective_of
+from orchestrator.search import (
+    Asha,
+    Halving,
+    Search,
+    check_objective,
+    distinct,
+    draws,
+    num_to_choose,
+    objective_of,
+)
 from orchestrator.specs import RunSpec, key
+from orchestrator.store import Store
 from orchestrator.study import Study
 from orchestrator.suggestions import suggest
 
@@ -167,7 +180,13 @@ def test_what_does_not_go_together_is_refused_in_one_sentence() -> None:
         (["search.objective=accuracy/test"], "never of test"),
         (["search.objective=accuracie/validation"], "did you mean 'accuracy'"),
         (["scheduler=asha"], "method identity reports no loss by epoch"),
-        (["scheduler.metric=los"], "did you mean 'loss'"),
+        (["scheduler.metric=los", "scheduler=asha"], "did you mean 'loss'"),
+        (["scheduler.grace=2"], "scheduler.grace is set to 2 and no scheduler is; allowed: with --scheduler asha"),
+        (["search.samples=3"], "search.samples is 3, which nothing goes by, since no method of this study is searched"),
+        (["search.seed=3", "search.kind=random", "methods=identity"], "else leave --search-seed out"),
+        ([drawn, "search.samples=3", "methods=finetune"], "search.samples is 3, which nothing goes by"),
+        ([drawn, "search.objective=loss/validation"], "goes by but Optuna; allowed with --search optuna"),
+        (["search.kind=random", "search.direction=min"], "else leave --direction out"),
         (["scheduler=hyperband"], "allowed: asha, none"),
         (["search.sample=3"], "did you mean 'samples'"),
     ):
@@ -180,6 +199,34 @@ def test_what_does_not_go_together_is_refused_in_one_sentence() -> None:
         studied(*one, "scheduler=asha")
 
 
+def test_what_a_scheduler_goes_by_may_come_before_it_and_beside_one_that_is_none() -> None:
+    asked = studied("methods=finetune", "scheduler.grace=2", "scheduler.factor=4", "scheduler=asha")
+    assert asked.scheduler == Asha(grace=2, factor=4)
+    assert studied("scheduler.grace=2", "scheduler=none").scheduler is None
+
+
+def test_a_value_is_held_against_the_methods_that_are_kept_alone() -> None:
+    everything = RECIPES["cifar10_small_del"].function
+    with pytest.raises(InputError, match="option alpha of method neg_grad_plus is 1900"):
+        override(everything(), ["alpha=1900"])
+    kept = override(everything(), ["alpha=1900", "methods=influence,identity"])
+    assert [run.method.options["alpha"] for name, run in kept.runs(DATA) if name == "influence"] == [1900.0] * 6
+    with pytest.raises(InputError, match="unknown field 'alpho'"):
+        override(everything(), ["alpho=1900", "methods=influence"])
+
+
+def test_an_axis_reaches_the_stages_that_have_it() -> None:
+    made = override(
+        RECIPES["digits_rum"].function(),
+        ["methods=rum_del,finetune", "lr=0.07", "budget=0.25", "methods.rum_del.stages.2.lr=0.02"],
+    )
+    stages = {tuple(s.method.options.get("lr") for s in run.stages) for name, run in made.runs(DATA) if run.stages}
+    assert stages == {(None, 0.02, 0.07)}
+    masks = {s.mask.budget for _, run in made.runs(DATA) for s in run.stages if s.mask is not None}
+    assert masks == {0.25}
+    assert {run.method.options["lr"] for name, run in made.runs(DATA) if name == "finetune"} == {0.07}
+
+
 # ---- Optuna --------------------------------------------------------------------------------------------------------
 
 
@@ -189,8 +236,8 @@ def goodness(values: dict[str, float]) -> float:
 
 def tried(number: int, seed: int) -> list[tuple[dict[str, float], float]]:
     history: list[tuple[dict[str, float], float]] = []
-    for place in range(number):
-        found = suggest(SPACE, history, number=place, seed=seed, is_maximised=True)
+    for _ in range(number):
+        found = suggest(SPACE, history, chosen=[values for values, _ in history], seed=seed, is_maximised=True)
         history.append((found, goodness(found)))
     return history
 
@@ -198,15 +245,49 @@ def tried(number: int, seed: int) -> list[tuple[dict[str, float], float]]:
 def test_suggestions_are_a_function_of_history_number_and_seed_and_get_better() -> None:
     history = tried(24, seed=0)
     for place in (0, 11, 23):  # as in a process that knows nothing but the record
-        assert suggest(SPACE, history[:place], number=place, seed=0, is_maximised=True) == history[place][0]
+        chosen = [values for values, _ in history[:place]]
+        assert suggest(SPACE, history[:place], chosen=chosen, seed=0, is_maximised=True) == history[place][0]
     assert [values for values, _ in tried(3, seed=1)] != [values for values, _ in history[:3]]
-    assert suggest(SPACE, [], number=1, seed=0, is_maximised=True) != history[0][0]
+    assert suggest(SPACE, [], chosen=[history[0][0]], seed=0, is_maximised=True) != history[0][0]
     early, late = ([value for _, value in part] for part in (history[:10], history[14:]))
     assert np.median(late) > np.median(early)
     assert {type(value) for values, _ in history for value in values.values()} == {float, int, bool}
     for values, _ in history:
         assert FloatDistribution(1e-3, 1e-1)._contains(values["lr"])
         assert values["lr"] == float(f"{values['lr']:.4g}")
+
+
+def test_settings_of_a_finite_space_are_suggested_once_each_and_then_no_more() -> None:
+    axes: dict[str, Axis] = {"epochs": uniform(1, 3), "order": choice("a", "b"), "lr": (0.1,)}
+    history: list[tuple[dict[str, Any], float]] = []
+    while num_to_choose(axes, [values for values, _ in history], samples=50):
+        chosen = [values for values, _ in history]
+        found = suggest(axes, history, chosen=chosen, seed=0, is_maximised=True)
+        history.append((found, -float(found["epochs"])))  # one best value: TPE would ask for it again and again
+        assert len(history) <= 6
+    assert {(values["epochs"], values["order"]) for values, _ in history} == set(product((1, 2, 3), "ab"))
+    repeats = [values for values, _ in history[:2] for _ in range(4)]  # of a record from before
+    assert distinct(repeats) == [history[0][0], history[1][0]]
+    assert [num_to_choose(axes, repeats, samples) for samples in (1, 2, 5, 50)] == [0, 0, 3, 4]
+    assert [num_to_choose(SPACE, repeats, samples) for samples in (4, 9)] == [0, 1], "real numbers do not run out"
+
+
+@pytest.mark.parametrize(
+    ("axis", "settings", "chosen"), [("epochs=2,3,4", 3, 3), ("momentum=uniform(0.9990, 0.9993)", 4, 12)]
+)
+def test_a_setting_is_handed_out_once(axis: str, settings: int, chosen: int, tmp_path: Path) -> None:
+    """Also one that is chosen again while its runs are on their way: nothing is ever finished here."""
+    options = ["methods=finetune", "forget_sets=random", "seeds=0,1", "lr=0.1", "epochs=5", axis]
+    given = studied("search.kind=optuna", "search.samples=12", *options)
+    plan = Plan(given, DATA, frozenset())
+    store: Any = SimpleNamespace(store=Store(str(tmp_path)))
+    asking = Asking(store, plan.sweep({}), plan)
+    keys = [key(task.spec) for task in asking.tasks([])]
+    assert len(keys) == len(set(keys)) == settings * 2
+    assert len(asking.plan.suggestions) == chosen
+    (record,) = results.get_sweeps(store.store)
+    assert record.suggestions == asking.plan.suggestions
+    assert {member.key for member in record.members if member.arm == "finetune"} == set(keys)
 
 
 ONE = (

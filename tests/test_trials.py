@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from jobs import sweep
 from jobs.cli import app
+from jobs.deadline import Deadline
+from jobs.session import Options
 from orchestrator import costs, results
 from orchestrator.cluster import ray_cluster
 from orchestrator.pool import WorkerDeathError
 from orchestrator.progress import Watch
-from orchestrator.store import Store
-from tests.commands import command, rows
+from orchestrator.store import TEMPORARY, Store
+from tests.commands import command, here, rows
+from tests.commands import run as process
 from tests.test_jobs import kill_when
 
 NO_RAY = {"RAY_ADDRESS": "127.0.0.1:1"}  # any use of Ray would fail at that address
@@ -203,3 +208,116 @@ def test_what_asha_stops_leaves_an_attempt_and_runs_again_without_it(drawn: Path
         losses: Any = rows(store)[name]["series"]
         stopped = tried.provenance["series"]["loss"]
         assert losses["loss"][: len(stopped)] == stopped, "what was stopped is the beginning of what runs whole"
+
+
+# ---- what ends a wave before it is over ------------------------------------------------------------------------------
+
+
+def test_what_asha_stops_while_tuning_is_no_candidate_and_the_rest_confirms(drawn: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(drawn, store)
+    before = set(rows(store))
+    tuned = [*SHARED, "seeds=0", "methods=finetune", "methods.finetune.lr=0.1,0.01,0.001", "scheduler.factor=2"]
+    tuned += ["tuning.seeds=100", "tuning.references=1"]
+    given = words(store, tuned, "--tune", "tug_of_war_validation", "--scheduler", "asha", "--workers", "1")
+    done = run(*given)
+    assert done.returncode == 0, done.stdout
+    assert "settings chosen for 1 of 1 cells" in done.stdout
+    assert "2 runs were stopped early now and 0 before, of 4" in done.stdout
+    tried = [attempt for tries in results.get_attempts(Store(str(store))).values() for attempt in tries]
+    assert {a.spec["method"]["options"]["lr"]: a.status for a in tried} == {0.01: "stopped", 0.001: "stopped"}
+    specs: list[Any] = [row["spec"] for name, row in rows(store).items() if name not in before]
+    unlearned = [(s["seed"], s["method"]["options"]["lr"]) for s in specs if s["original_seed"] is not None]
+    assert sorted(unlearned) == [(0, 0.1), (100, 0.1)], "tuned and confirmed; nothing that was stopped has a row"
+    (record,) = [each for each in results.get_sweeps(Store(str(store))) if each.selections]
+    assert "the 1/2 of least loss go on" in record.caution
+    asked = run(*given, "--dry-run", environment=NO_RAY).stdout
+    assert "tuning runs: 1 in the store, 2 stopped early, 0 to compute" in asked
+    assert "runs: 1 in the store, 0 to compute" in asked
+    again = run(*given, environment=NO_RAY)
+    assert again.returncode == 0, again.stdout
+    assert "0 models trained" in again.stdout
+    assert "0 runs were stopped early now and 2 before, of 4" in again.stdout
+
+
+@dataclass(frozen=True)
+class Until(Deadline):
+    """A deadline that passes once so many files are there: in the middle of a wave, on a machine of any speed."""
+
+    folder: Path = Path()
+    count: int = 0
+
+    @property
+    def has_passed(self) -> bool:
+        return len(list(self.folder.glob("*"))) >= self.count
+
+
+def test_a_time_budget_ends_within_a_wave_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    fields = ["forget_sets=random", "references=2", "seeds=0,1,2", "training.epochs=8", "methods=finetune,identity"]
+    fields += ["methods.finetune.lr=0.001,0.01,0.1", "methods.finetune.epochs=1"]
+    options = Options("digits", fields, str(store), "none", workers=1)
+
+    def until(folder: str, count: int) -> None:
+        with pytest.raises(typer.Exit) as end:
+            here(sweep.run, replace(options, deadline=Until(folder=store / folder, count=count)))
+        assert end.value.exit_code == 124
+        assert not list(store.rglob(f"*{TEMPORARY}"))
+        for name in rows(store):
+            results.get_row(Store(str(store)), name)
+            results.get_outputs(Store(str(store)), name)
+
+    until("models", 1)
+    tried = [tries[-1] for tries in results.get_attempts(Store(str(store))).values()]
+    assert [(a.status, a.provenance["kind"]) for a in tried] == [("interrupted", "original")]
+    assert "time budget" in tried[0].error
+    assert rows(store) == {}
+    until("rows", 2 + 4)
+    half = {path: path.stat().st_mtime_ns for path in (store / "rows").glob("*.json")}
+    assert 2 + 4 <= len(half) < 2 + 3 * 4
+    assert len(results.get_attempts(Store(str(store)))) == 1, "what was begun as a trial came to its end"
+    here(sweep.run, options)
+    assert len(rows(store)) == 2 + 3 * 4
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in half.items()), "a run was computed twice"
+
+
+MORTAL = """
+import os, signal
+from pathlib import Path
+from torch import nn
+from orchestrator.training import clone
+from orchestrator.unlearning import METHODS
+
+@METHODS
+def mortal(model: nn.Module, *, deaths: int = 0) -> nn.Module:
+    \"""Kill the process so many times, then leave the model as it is.\"""
+    mark = Path({folder!r}) / str(deaths)
+    if mark.exists() and mark.stat().st_size >= deaths or not deaths:
+        return clone(model)
+    with open(mark, "a") as file:
+        file.write("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_trial_whose_worker_is_killed_is_tried_again_as_often_as_asked_and_the_rest_goes_on(
+    drawn: Path, tmp_path: Path
+) -> None:
+    store, plugin = tmp_path / "store", tmp_path / "mortality.py"
+    shutil.copytree(drawn, store)
+    plugin.write_text(MORTAL.format(folder=str(tmp_path)))
+    before = set(rows(store))
+    options = [*SHARED, "seeds=0", "methods=mortal,identity", "methods.mortal.deaths=0,1,9"]
+    done = process(*words(store, options, "--plugin", str(plugin), "--retries", "1", "--workers", "1"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 failed; the first: 2 workers died on it; the last: SYSTEM_ERROR" in " ".join(done.stdout.split())
+    new: list[Any] = [row for name, row in rows(store).items() if name not in before]
+    assert sorted(row["spec"]["method"]["options"].get("deaths", -1) for row in new) == [-1, 0, 1]
+    tried = {}
+    for tries in results.get_attempts(Store(str(store))).values():
+        tried[tries[-1].spec["method"]["options"]["deaths"]] = [(each.status, each.error) for each in tries]
+    assert {deaths: [status for status, _ in tries] for deaths, tries in tried.items()} == {
+        1: ["interrupted"], 9: ["interrupted", "failed"]
+    }  # fmt: skip
+    assert all("SYSTEM_ERROR" in error for tries in tried.values() for _, error in tries), "the death is named"
+    assert (tmp_path / "9").stat().st_size == 2, "tried as often as asked, and no more"
