@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from jobs import search_options
+from jobs.common_options import (
+    DEFAULT_STORAGE,
+    Address,
+    Assignments,
+    Compile,
+    DryRun,
+    GpusPerWorker,
+    Plugins,
+    Recipe,
+    Storage,
+    TrackingUri,
+    Workers,
+)
 from jobs.deadline import Deadline
 
 app = typer.Typer(
@@ -18,71 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which training examples has a model memorized, which parameters hold them, and how well can they be removed?",
 )
-
-Recipe = Annotated[
-    str,
-    typer.Argument(
-        help="Name of a recipe (`unlearn list recipes`), or your own as FILE.py:FUNCTION.", show_default=False
-    ),
-]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="FIELD=VALUE", help="Override a field, an option or an axis (axis=v1,v2); repeatable."
-    ),
-]
-Storage = Annotated[
-    str,
-    typer.Option(help="Root of all results: a folder or s3://bucket/prefix.", envvar="UNLEARN_STORAGE"),
-]
-TrackingUri = Annotated[
-    str | None,
-    typer.Option(
-        help="MLflow to write to; `none` for none. Default: MLFLOW_TRACKING_URI, else SQLite in a local root."
-    ),
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Workers, one core each. Default: as many as there are cores.")
-]
-
-
-def _share(text: str | float) -> float | Literal["auto"]:
-    """A share of a GPU, or `auto`."""
-    if text == "auto":
-        return "auto"
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share < float("inf"):
-        raise typer.BadParameter(f"got {text!r}; allowed: a number from 0 up, or auto")
-    return share
-
-
-GpusPerWorker = Annotated[
-    Any,
-    typer.Option(
-        parser=_share,
-        metavar="SHARE|auto",
-        help="Share of a GPU that each worker takes; `auto`: by a short measurement; 0 trains on CPUs.",
-    ),
-]
-Compile = Annotated[
-    Literal["off", "on", "auto"],
-    typer.Option(help="Compile subset models; `auto`: on GPUs, for campaigns of 100 or more. Results say which."),
-]
-Address = Annotated[
-    str | None, typer.Option(help="Ray cluster to use. Default: RAY_ADDRESS, else a Ray of our own on this machine.")
-]
-Plugins = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin", metavar="FILE.py|MODULE", help="Module with functions of your own to register; repeatable."
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run and what is cached, and stop.")]
-
-DEFAULT_STORAGE = "./runs"
 
 
 @app.command()
@@ -138,18 +86,8 @@ def memorize(
     from jobs.session import Options
 
     chosen = [*(assignments or ()), *([f"campaign.models={models}"] if models is not None else [])]
-    options = Options(
-        recipe,
-        chosen,
-        storage,
-        tracking_uri,
-        workers,
-        gpus_per_worker,
-        address,
-        plugin or (),
-        dry_run,
-        compile,
-    )
+    given = (storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run, compile)
+    options = Options(recipe, chosen, *given)
     goal = job.Goal(models, target_se, target_split_half, budget_hours)
     if exact is None:
         job.run(options, goal)
@@ -220,20 +158,8 @@ def references(
     from jobs import references as job
     from jobs.session import Options
 
-    job.run(
-        Options(
-            recipe,
-            assignments or (),
-            storage,
-            tracking_uri,
-            workers,
-            gpus_per_worker,
-            address,
-            plugin or (),
-            dry_run,
-            compile,
-        )
-    )
+    given = (storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run, compile)
+    job.run(Options(recipe, assignments or (), *given))
 
 
 @app.command()
@@ -273,23 +199,9 @@ def sweep(
     chosen = {"kind": search, "samples": samples, "seed": search_seed, "objective": objective, "direction": direction}
     named = {f"search.{field}": value for field, value in chosen.items()} | {"scheduler": scheduler}
     tuned = [f"tuning.criterion={tune}"] if tune is not None else []
-    job.run(
-        Options(
-            recipe,
-            [*tuned, *(assignments or ()), *search_options.assignments(named)],
-            storage,
-            tracking_uri,
-            workers,
-            gpus_per_worker,
-            address,
-            plugin or (),
-            dry_run,
-            compile,
-            deadline=time_budget or Deadline(),
-            max_concurrent=max_concurrent,
-            retries=retries,
-        )
-    )
+    texts = [*tuned, *(assignments or ()), *search_options.assignments(named)]
+    given = (storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run, compile)
+    job.run(Options(recipe, texts, *given, time_budget or Deadline(), max_concurrent, retries))
 
 
 @app.command()
@@ -418,7 +330,21 @@ def submit(
     """Run a command (after --) as a Ray job on a cluster, logs streamed: submit -- sweep digits --storage /shared."""
     from jobs import submit as job
 
+    _check_command(context)
     job.run(list(context.args), address, submission_id, wait=not no_wait)
+
+
+def _check_command(context: typer.Context) -> None:
+    """Refuse a command after -- that is none of ours, or that would not take its words: before it is sent."""
+    from orchestrator.registry import InputError, suggest
+
+    known: Any = context.find_root().command
+    name, words = (context.args or [""])[0], context.args[1:]
+    if not name or "--help" in context.args:  # the first is refused by the job
+        return
+    if name not in known.commands:
+        raise InputError(f"unknown command {name!r} after --; {suggest(name, known.commands)}")
+    known.commands[name].make_context(name, list(words))  # ends with its own usage error
 
 
 def main() -> None:

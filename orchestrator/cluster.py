@@ -65,8 +65,11 @@ def ray_cluster(
                 object_store_memory=_store_bytes(),
                 **quiet,
             )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(_refusal(target or "this machine", str(error).strip())) from None
+    except Exception as error:  # Ray raises bare ones, too, where it does not start in time
+        ray.shutdown()  # which ends what had started
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise InputError(_refusal(target, str(error).strip() or type(error).__name__)) from None
     try:
         yield sized(workers, gpus_per_worker, can_grow=target is not None)
     finally:
@@ -117,8 +120,8 @@ def _knock(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
 
 
-def _refusal(place: str, said: str) -> str:
-    """Why there is no connection, and what to do."""
+def _refusal(place: str | None, said: str) -> str:
+    """Why there is no Ray at a place, or none of our own where that is None, and what to do."""
     versions = re.findall(r"(?:Ray|Python): (\S+)", said)
     if said.startswith("Version mismatch") and len(versions) == 4:
         theirs, ours = " and Python ".join(versions[:2]), " and Python ".join(versions[2:])
@@ -126,7 +129,13 @@ def _refusal(place: str, said: str) -> str:
             f"the cluster at {place} runs Ray {theirs}, this process Ray {ours}, and they must be equal; run this in "
             "the cluster's image, or use `unlearn submit`, whose command runs there"
         )
-    reason = said.split("\n", 1)[0]
+    reason = said.split("\n", 1)[0].rstrip(".")
+    if place is None:
+        return (
+            f"Ray did not start on this machine: {reason}; it needs half a minute at most, and room in memory "
+            f"and in {_SHORT or tempfile.gettempdir()}: end what keeps the machine busy, or give fewer --workers, and "
+            "give the same command again"
+        )
     return (
         f"no Ray cluster at {place}: {reason}; start one with `ray start --head`, "
         "or leave --address out to use this machine"

@@ -12,8 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from jobs.session import Options, make_study
+from orchestrator.cluster import ray_cluster
 from orchestrator.registry import InputError
 from tests.commands import ROOT, command, rows, run
 
@@ -313,3 +316,81 @@ def test_a_campaign_grows_to_its_target_and_equals_one_asked_for_at_once(tmp_pat
     exported = pq.read_table(grown / "exports" / "proxies.parquet")
     assert len(exported) == 6 * 1200
     assert "0 models trained" in run("proxies", "digits", *here).stdout
+
+
+ONE_RECIPE = """
+from orchestrator.recipes import RECIPES
+from orchestrator.study import Study
+
+def mine() -> Study:
+    return RECIPES["digits"].function().model_copy(update={"recipe": "mine"})
+
+def helper(): return 3
+"""
+
+
+def test_a_file_without_a_function_gives_its_only_recipe_or_names_those_it_has(tmp_path: Path) -> None:
+    def study(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return make_study(Options(str(tmp_path / name), (), "")).recipe
+
+    assert study("only_recipe.py", ONE_RECIPE) == "mine"
+    assert study("untyped_recipe.py", ONE_RECIPE.replace(" -> Study", "").replace("helper()", "helper(x)")) == "mine"
+    with pytest.raises(InputError, match=r"names no function; allowed: .*two\.py:mine or .*two\.py:also, a function"):
+        study("two.py", ONE_RECIPE + "\ndef also() -> Study: return mine()\n")
+    with pytest.raises(InputError, match="none there looks like a recipe"):
+        study("no_recipe.py", "x = 1\n")
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    """Not even what a run keeps beside its rows: a folder, a marker, the files that forget sets name."""
+    listed, store = tmp_path / "forget.txt", tmp_path / "store"
+    listed.write_text("3\n5\n")
+    fields = ["forget_sets=file", f"forget_sets.file.path={listed}", "methods=identity"]
+    words = ["--dry-run", *[word for field in fields for word in ("--set", field)], "--storage"]
+    assert "runs: 0 in the store, 3 to compute" in as_typed("sweep", "digits", *words, str(store))
+    assert not store.exists()
+    (store / "rows").mkdir(parents=True)
+    for name in ("sweep", "references", "memorize", "proxies", "pack"):
+        as_typed(name, "digits", *words, str(store))
+    assert [path.name for path in store.rglob("*")] == ["rows"]
+    with pytest.raises(InputError, match=r"forget\.txt' is no folder; allowed: a folder that you may write to"):
+        as_typed("sweep", "digits", *words, str(listed / "store"))
+
+
+def test_what_a_job_would_not_take_is_refused_before_it_is_sent() -> None:
+    away = ["submit", "--address", "http://127.0.0.1:1", "--"]
+    with pytest.raises(InputError, match="unknown command 'swep' after --; did you mean 'sweep'"):
+        as_typed(*away, "swep", "digits", "--storage", "/shared")
+    for words, said in (
+        (["sweep", "digits", "--storge", "/shared"], "No such option"),
+        (["sweep", "--storage", "/shared"], "Missing argument"),
+        (["sweep", "digits", "--storage", "/shared", "--samples", "0"], "Invalid value"),
+    ):
+        refused = CliRunner().invoke(app, [*away, *words])
+        assert (refused.exit_code, said in refused.output) == (2, True), refused.output
+    with pytest.raises(InputError, match="cannot be submitted to"):  # nobody is there: this one would have been sent
+        as_typed(*away, "sweep", "digits", "--storage", "/shared", "--samples", "3")
+
+
+def test_a_ray_that_does_not_start_is_one_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray raises where its raylet is stopped for half a minute: no class of its own."""
+    folders: list[Path] = []
+
+    def late(**options: object) -> None:
+        folders.append(Path(str(options["_temp_dir"])))
+        raise Exception("The current node timed out during startup. This could happen\nbecause ...")
+
+    monkeypatch.setattr("ray.init", late)
+    said = "^Ray did not start on this machine: The current node timed out during startup. This could happen; it needs"
+    with pytest.raises(InputError, match=f"{said}.*fewer --workers, and give the same command again$"), ray_cluster():
+        pass
+    assert not folders[0].exists()
+
+
+def as_typed(*words: str) -> str:
+    """What a command says, in this process; what it raises is raised."""
+    result = CliRunner().invoke(app, list(words))
+    if result.exception is not None:
+        raise result.exception
+    return result.output
