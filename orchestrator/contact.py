@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,7 @@ def open_experiment(uri: str, store: Store) -> tuple[MlflowClient, str]:
     if uri.startswith("sqlite:///"):
         beside = Path(store.root) if store.is_local else Path(uri.removeprefix("sqlite:///")).absolute().parent
         artifacts = (beside / "mlflow-artifacts").as_uri()
+        _make_database(Path(uri.removeprefix("sqlite:///")))
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
@@ -74,6 +76,21 @@ def open_experiment(uri: str, store: Store) -> tuple[MlflowClient, str]:
             f"the MLflow experiment {EXPERIMENT!r} at {redacted(uri)} is deleted; restore it, or use another server"
         )
     return client, experiment.experiment_id
+
+
+def _make_database(path: Path) -> None:
+    """Make a SQLite database, where there is none, as one whole: MLflow's own making fails two commands at once."""
+    from mlflow import MlflowClient
+
+    if path.exists() or not path.parent.is_dir():
+        return
+    fresh = path.with_name(f"{path.name}.{secrets.token_hex(6)}")
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{fresh}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):
+            os.link(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
