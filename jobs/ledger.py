@@ -102,6 +102,8 @@ class Ledger:
         self._tracker: tracking.CampaignTracker | None = None
         self._told, self._saved = 0, -math.inf
         self._opening: Future[None] | None = None
+        has_run = stretch.campaign is not None  # in MLflow
+        self._uri = tracking.tracking_uri(session.store, session.options.tracking_uri) if has_run else None
 
     def prepare(self) -> None:
         """Start what takes seconds beside the start of the workers: MLflow, and reading the blocks that are there."""
@@ -112,16 +114,21 @@ class Ledger:
 
     def _open(self) -> None:
         assert self.tally is not None
-        store, options = self.session.store, self.session.options
+        store = self.session.store
         self._earlier = costs.get_stretches(store, self.stretch.campaign)
-        if uri := tracking.tracking_uri(store, options.tracking_uri):
-            self._tracker = tracking.connect_campaign(uri, store, self.stretch, live=True)
+        if self._uri:
+            if self.session.heart.leads(str(self.stretch.campaign)):
+                self._track()
             import analysis.figures  # noqa: F401  # here, beside the start of the workers; drawing comes at the end
         if not self.tally.blocks:
             self.tally.resume(self.most)
         while self.tally.blocks < self.most and self._next_block() in self.session.plan.present:
             self.tally.add()
         self.stretch = replace(self.stretch, cached_seconds=self.tally.seconds)
+
+    def _track(self) -> None:
+        assert self._uri is not None
+        self._tracker = tracking.connect_campaign(self._uri, self.session.store, self.stretch, live=True)
 
     def _next_block(self) -> str:
         assert self.tally is not None
@@ -212,16 +219,32 @@ class Ledger:
             self.stretch = replace(self.stretch, scores_key=summary.scores_key, passes_gate=summary.passes_gate)
         if self.outcomes:
             self._save()
-        if self._writer is None or self._tracker is None:
+        if self._uri and self._writer is None and self.outcomes and status != "interrupted":
+            self._write_later()
+        if self._writer is None:
             return
-        tracker, ended = self._tracker, self.stretch
-        seconds = STOPPED_SECONDS if status == "interrupted" else LAST_SECONDS
-        self._writer.end(lambda: tracker.finish(ended, artifacts(self.session.store, ended.scores_key)), seconds)
+        self._writer.end(self._finish, STOPPED_SECONDS if status == "interrupted" else LAST_SECONDS)
         if self._writer.missed:
             console.print(
                 f"[yellow]MLflow missed {self._writer.missed} writes[/yellow] ({self._writer.error}); "
                 "`unlearn track` brings it level with the store"
             )
+
+    def _write_later(self) -> None:
+        """Write all of it now, if the command that led has ended; else it is left to `unlearn track`."""
+        if self.session.heart.leads(str(self.stretch.campaign)):
+            self._writer = Outbox()
+            self._writer.submit(self._track)
+            self._writer.submit(lambda: self._tracker.write(self.stretch.points) if self._tracker else None)
+        else:
+            console.print(
+                "[yellow]MLflow's run of the campaign is left to the other command[/yellow]; "
+                "`unlearn track` adds what this one computed"
+            )
+
+    def _finish(self) -> None:
+        if self._tracker is not None:
+            self._tracker.finish(self.stretch, artifacts(self.session.store, self.stretch.scores_key))
 
     def _scores(self) -> ScoresSummary | None:
         """The scores of what was read, stored; None where blocks are missing that were asked for."""

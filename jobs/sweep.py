@@ -18,6 +18,7 @@ from jobs.ledger import Ledger, stretch_of
 from jobs.progress import bars, console
 from jobs.session import Options, Session, open_session, ray_job
 from jobs.tracked import tracked
+from jobs.turns import turns, unfinished
 from orchestrator import export, results, tracking
 from orchestrator.cluster import Cluster
 from orchestrator.contact import redacted
@@ -74,7 +75,7 @@ def sweep(session: Session) -> Done:
     asking = searching.Asking(session, sweep, session.plan) if session.study.searched() else None
     members: dict[str, Member] = {}
     cost = work.Cost()
-    with tracked(session.store, sweep, uri, cost) as live, ExitStack() as closing:
+    with tracked(session, sweep, uri, cost) as live, ExitStack() as closing:
 
         def stored(keys: Iterable[str]) -> None:
             if asking is not None:
@@ -88,7 +89,11 @@ def sweep(session: Session) -> Done:
             stored(sorted(new.keys() & results.row_keys(session.store)))
             results.put_sweep(session.store, sweep)
 
-        cluster = cache(lambda: closing.enter_context(work.cluster_of(session, sweep.key)))  # where anything is missing
+        @cache
+        def cluster() -> Cluster:  # where anything is missing
+            if live is not None:
+                live.begin()
+            return closing.enter_context(work.cluster_of(session, sweep.key))
 
         def phase(session: Session) -> None:
             wanted = _prepared(session.plan) + session.plan.runs()
@@ -99,7 +104,7 @@ def sweep(session: Session) -> Done:
                 cost.again |= {key(task.spec) for task in again}
                 console.print(f"runs that failed before, and are tried again: {len(again)}", highlight=False)
             if missing:
-                _compute(session, cluster(), cost, lambda outcome: stored([outcome.key]), asking)
+                _compute(session, cluster(), cost, lambda name: stored([name]), asking)
             else:
                 work.ensure_scores(session)
 
@@ -171,7 +176,7 @@ def _compute(
     session: Session,
     cluster: Cluster,
     cost: work.Cost,
-    stored: Callable[[Outcome], None],
+    stored: Callable[[str], None],
     asking: searching.Asking | None,
 ) -> None:
     before = len(cost.outcomes)
@@ -179,12 +184,17 @@ def _compute(
         work.prepare(session, cluster, _prepared, cost)
     for outcome in cost.outcomes[before:]:
         if outcome.kind == "run" and not outcome.error:
-            stored(outcome)
+            stored(outcome.key)
     if (summary := work.ensure_scores(session)) is not None:
         work.print_scores(summary)
     work.print_overlaps(session)
-    missing = session.plan.missing(session.plan.runs())
-    runs = session.plan.against(session.store).ready(missing)
+    now, planned = session.plan.against(session.store), session.plan.missing(session.plan.runs())
+    missing = now.missing(planned)
+    cost.cached += len(planned) - len(missing)
+    for task in planned:
+        if task.object_name in now.present:  # another command was faster
+            stored(key(task.spec))
+    runs = now.ready(missing)
     if len(runs) < len(missing):
         console.print(f"{len(missing) - len(runs)} runs are not started: what they need has failed", highlight=False)
     if runs:
@@ -197,7 +207,7 @@ def _try(
     session: Session,
     cluster: Cluster,
     cost: work.Cost,
-    stored: Callable[[Outcome], None],
+    stored: Callable[[str], None],
     runs: list[Task],
     asking: searching.Asking | None,
 ) -> None:
@@ -215,7 +225,12 @@ def _try(
             if outcome.error:
                 work.print_failure(outcome)
             else:
-                stored(outcome)
+                stored(outcome.key)
+
+        def found(task: Task) -> None:
+            cost.cached += 1
+            advance("runs", 1)
+            stored(key(task.spec))
 
         def stopped(reports: Sequence[Progress]) -> None:
             cost.stopped += 1
@@ -229,18 +244,20 @@ def _try(
             said = f"its worker died ({reason or 'Ray does not say of what'}), and it was tried again"
             put_attempt(session.store, attempt_of(task, "interrupted", said))
 
-        with work.deaths(session, done):
-            run_trials(
-                Workspace.perform,
-                options.deadline.within(asking.tasks(runs) if asking else runs),
-                setup=Workspace,
-                inputs=(session.dataset, session.context, work.device_of(cluster)),
-                workers=min(cluster.workers, options.max_concurrent or cluster.workers),
-                gpus_per_worker=cluster.gpus_per_worker,
-                done=done,
-                begun=session.heart.begin,
-                died=died,
-                tries=options.retries + 1,
-                watch=None if rule is None else searching.watching(session.store, rule, session.plan, stopped),
-            )
+        watch = None if rule is None else searching.watching(session.store, rule, session.plan, stopped)
+        for part in [runs] if asking else turns(session, runs):
+            with work.deaths(session, done):
+                run_trials(
+                    Workspace.perform,
+                    options.deadline.within(asking.tasks(part) if asking else unfinished(session, part, found)),
+                    setup=Workspace,
+                    inputs=(session.dataset, session.context, work.device_of(cluster)),
+                    workers=min(cluster.workers, options.max_concurrent or cluster.workers),
+                    gpus_per_worker=cluster.gpus_per_worker,
+                    done=done,
+                    begun=session.heart.begin,
+                    died=died,
+                    tries=options.retries + 1,
+                    watch=watch,
+                )
     options.deadline.check()

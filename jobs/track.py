@@ -104,11 +104,14 @@ def _campaign(uri: str, store: Store, stretches: list[Stretch]) -> None:
 
 def _is_written(store: Store, about: str, tracker: Tracker | CampaignTracker, what: str) -> bool:
     """Whether a command is writing it just now, by its heartbeat or on this host; then it is said, and left alone."""
-    here = tracker.driver if tracker.driver is not None and tracker.driver.is_alive else None
-    command = heartbeats.worker_of(store, about) if here is None and tracker.driver is not None else None
-    if here is None and command is None:
+    if tracker.driver is None:
         return False
-    who = f"process {here.pid}, here" if here else f"{command.words} on {command.host}" if command else ""
+    if heartbeats.is_running(tracker.driver):
+        who = f"process {heartbeats.process_number(tracker.driver)}, here"
+    elif (command := heartbeats.worker_of(store, about)) is not None:
+        who = f"{command.words} on {command.host}"
+    else:
+        return False
     console.print(f"{what} is being written by a command that runs ({who}): left to it", highlight=False)
     return True
 

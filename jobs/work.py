@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from jobs.gpus import shared
 from jobs.ledger import Ledger
 from jobs.progress import bars, console
 from jobs.session import Session
+from jobs.turns import turns
 from orchestrator import campaigns
 from orchestrator import plan as planning
 from orchestrator.arms import CAMPAIGN
@@ -30,7 +31,7 @@ from orchestrator.compiled import pays
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset
 from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
-from orchestrator.heartbeats import Command
+from orchestrator.heartbeats import Command, process_number
 from orchestrator.nodes import one_root
 from orchestrator.pool import Pool, WorkerDeathError
 from orchestrator.specs import key
@@ -88,9 +89,14 @@ def cluster_of(session: Session, *about: str) -> Iterator[Cluster]:
         ray_cluster(address=options.address, workers=options.workers, gpus_per_worker=share) as cluster,
         _interruptible(session),
         nullcontext() if is_alone else one_root(session.store, session.context.marker),
-        session.heart.beating([*about, _campaign_key(session)], _print_other(about)),
+        beating(session, *about),
     ):
         yield shared(session, cluster) if options.gpus_per_worker == "auto" else cluster
+
+
+def beating(session: Session, *about: str) -> AbstractContextManager[None]:
+    """The command's heartbeat, which says what it is about beside the study's campaign."""
+    return session.heart.beating([*about, _campaign_key(session)], _print_other(about))
 
 
 def device_of(cluster: Cluster) -> str:
@@ -129,13 +135,13 @@ def _campaign_key(session: Session) -> str:
 
 
 def _print_other(about: Sequence[str]) -> Callable[[Command], None]:
-    """Say that another command is at work on the store: what both lack, both train."""
+    """Say that another command is at work on the store."""
 
     def said(other: Command) -> None:
         same = "the same sweep" if set(about) & set(other.about) else "this store"
         console.print(
-            f"[yellow]another command is at work on {same}[/yellow]: {escape(shown(other))}; what both find missing "
-            "is trained by both, with equal results; end one of them and give it again later",
+            f"[yellow]another command is at work on {same}[/yellow]: {escape(shown(other))}; what one has finished the "
+            "other takes from the store",
             highlight=False,
         )
 
@@ -145,7 +151,7 @@ def _print_other(about: Sequence[str]) -> Callable[[Command], None]:
 def shown(command: Command) -> str:
     """A command, its machine and when it began, for people."""
     began = datetime.datetime.fromtimestamp(command.created).strftime("%Y-%m-%d %H:%M")
-    number = command.process.rpartition(" ")[2].partition("@")[0]
+    number = process_number(command.process)
     return f"`unlearn {command.words}` ({command.host}{f', process {number}' if number else ''}, since {began})"
 
 
@@ -242,8 +248,9 @@ def perform(session: Session, pool: Pool[Workspace], tasks: Sequence[Task], cost
                 print_failure(outcome)
             session.options.deadline.check()
 
-        with deaths(session, done):
-            pool.map(Workspace.perform, tasks, done, session.heart.begin)
+        for part in turns(session, tasks):
+            with deaths(session, done):
+                pool.map(Workspace.perform, part, done, session.heart.begin)
 
 
 def print_failure(outcome: Outcome) -> None:

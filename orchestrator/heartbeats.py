@@ -32,7 +32,8 @@ class Command:
 
     about: the keys of the sweep and the campaign that it works on. process: which process of which machine it is,
     empty where the machine cannot say. beat: rises for as long as it lives. at_work: attempts (status `running`) at
-    what its workers are at, by the number that each has in attempts/<key>/ once it is over.
+    what its workers are at, by the number that each has in attempts/<key>/ once it is over. leads: those keys of
+    `about` that of all living commands it alone writes to MLflow.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Command:
     status: str = "running"
     beat: int = 0
     at_work: dict[str, Attempt] = field(default_factory=dict)
+    leads: tuple[str, ...] = ()
 
 
 def get_commands(store: Store) -> list[Command]:
@@ -60,7 +62,7 @@ def _get(store: Store, name: str) -> Command | None:
     except (FileNotFoundError, InputError):
         return None
     at_work = {number: Attempt(**attempt) for number, attempt in body.pop("at_work").items()}
-    return Command(**body | {"about": tuple(body["about"]), "at_work": at_work})
+    return Command(**body | {name: tuple(body.get(name, ())) for name in ("about", "leads")} | {"at_work": at_work})
 
 
 def _put(store: Store, command: Command) -> None:
@@ -97,12 +99,20 @@ def worker_of(store: Store, about: str) -> Command | None:
 
 def is_alive(command: Command) -> bool | None:
     """Whether a command's driver lives; None where another machine must be asked, by watching its beat."""
-    if command.status != "running":
-        return False
-    machine, _, process = command.process.rpartition(" ")
+    return is_running(command.process) if command.status == "running" else False
+
+
+def is_running(process: str) -> bool | None:
+    """Whether a process, as it called itself, runs; None where another machine must be asked."""
+    machine, _, number = process.rpartition(" ")
     if not machine or machine != _machine():
         return None
-    return _started(process.partition("@")[0]) == process
+    return _started(number.partition("@")[0]) == number
+
+
+def process_number(process: str) -> str:
+    """The number of a process, as it called itself; empty where it did not."""
+    return process.rpartition(" ")[2].partition("@")[0]
 
 
 def this_process() -> str:
@@ -143,8 +153,8 @@ class Heart:
         self._command = Command(name, words, (), socket.gethostname(), this_process(), now)
         self._at_work: dict[tuple[str, str, str], tuple[str, Task]] = {}
         self._others: dict[str, tuple[int, float]] = {}  # not known to live or to be dead: beat, and when it was new
-        self._wake = threading.Event()
-        self._ended = self._is_interrupted = False
+        self._wake, self._writing = threading.Event(), threading.RLock()
+        self._ended, self._is_interrupted = True, False
 
     def begin(self, task: Task) -> None:
         """A worker is at a task now."""
@@ -168,8 +178,19 @@ class Heart:
 
     @contextlib.contextmanager
     def beating(self, about: Sequence[str], met: Callable[[Command], None]) -> Iterator[None]:
-        """Beat for as long as the work takes, and say at its end how it ended; `met` hears of each other that lives."""
-        self._command = replace(self._command, about=tuple(about))
+        """Beat for as long as the work takes, and say at its end how it ended; `met` hears of each other that lives.
+
+        Within another such block nothing is added, but that an interrupt is in the store before other things are ended.
+        """
+        if not self._ended:
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(OSError, StorageError):
+                    self._interrupt()
+                raise
+            return
+        self._command, self._ended = replace(self._command, about=tuple(about), leads=()), False
         self._write()
         self._meet(met)
         thread = threading.Thread(target=self._run, args=(met,), name="heart", daemon=True)
@@ -186,6 +207,45 @@ class Heart:
                 with contextlib.suppress(OSError, StorageError):
                     self._close() if is_whole else self._interrupt()
 
+    @property
+    def about(self) -> tuple[str, ...]:
+        """What the command works on, by key."""
+        return self._command.about
+
+    def others(self) -> list[Command]:
+        """The living commands that work on something that this one works on. May watch for ten seconds."""
+        about = set(self._command.about)
+        found = [c for c in get_commands(self._store) if c.name != self._command.name and about & set(c.about)]
+        alive = living(self._store, found)
+        return [command for command in found if command.name in alive]
+
+    def leads(self, what: str) -> bool:
+        """Whether this command leads the work on a sweep or campaign, which one of those that live does at most.
+
+        It says that it does before it looks for others, so of two that ask at once one at least sees the other. The
+        younger of the two gives way, and the older where it is not given way to. While the store is away nobody leads.
+        """
+        try:
+            if what in self._command.leads:
+                return True
+            self._put_leads((*self._command.leads, what))
+            for pause in (0.5, 1.0, 1.5, 0.0):
+                rivals = [other for other in self.others() if what in other.leads]
+                if not rivals:
+                    return True
+                if any(rival.name < self._command.name for rival in rivals):
+                    break
+                time.sleep(pause)
+            self._put_leads(tuple(name for name in self._command.leads if name != what))
+        except (OSError, StorageError):
+            self._command = replace(self._command, leads=tuple(n for n in self._command.leads if n != what))
+        return False
+
+    def _put_leads(self, leads: tuple[str, ...]) -> None:
+        with self._writing:
+            self._command = replace(self._command, leads=leads)
+            _put(self._store, self._command)
+
     def _run(self, met: Callable[[Command], None]) -> None:
         while not self._ended:
             self._wake.wait(min(BEAT_SECONDS, self._command.beat))  # more often at first, when work has just begun
@@ -196,7 +256,7 @@ class Heart:
                     self._look(met)
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError, StorageError):
+        with contextlib.suppress(OSError, StorageError), self._writing:
             at_work = {number: attempt_of(task, "running", "") for number, task in list(self._at_work.values())}
             status = "interrupted" if self._is_interrupted else "running"
             self._command = replace(self._command, status=status, beat=self._command.beat + 1, at_work=at_work)

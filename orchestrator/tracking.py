@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import logged
 from orchestrator.contact import EXPERIMENT, answering, attempted, open_experiment, tracking_uri
 from orchestrator.costs import Point, Stretch
-from orchestrator.drivers import Driver, this_driver
+from orchestrator.heartbeats import is_running, this_process
 from orchestrator.registry import canonical_json
 from orchestrator.results import Role, Row, Sweep
 from orchestrator.store import Store
@@ -53,32 +53,59 @@ class Tracker:
     client: MlflowClient
     experiment_id: str
     sweep: Sweep
-    driver: Driver | None = None  # who is writing
+    driver: str | None = None  # the process that is writing, empty where it is not known
     written: int = 0
     _level: str = ""
+    _status: str = ""  # of the parent, as far as it is known
+    _parents: list[Any] = field(default_factory=list)
     _parent: str = ""
+    has_begun: bool = False
     _runs: dict[str, Any] | None = None  # run key -> a run that is not finished
     _finished: set[str] = field(default_factory=set)
     _unsure: set[str] = field(default_factory=set)  # runs that may have been made although the answer was lost
     _has_dataset: bool = False
     _ended: int | None = None  # the last row, where all is written later; None: now
 
-    def start(self, driver: Driver | None) -> None:
-        """Find the parent, or make it; with a driver it is running, and says whose. The others ask for its driver."""
-        parents = list(_search(self, f"tags.`{KIND_TAG}` = 'sweep'"))
-        if not parents:
-            parents = [self.client.create_run(self.experiment_id, self._began, tags=self._parent_tags())]
-        first, *spare = sorted(parents, key=lambda run: (run.info.start_time, run.info.run_id))
-        self._parent, self._level = first.info.run_id, first.data.tags.get(LEVEL_TAG, "")
-        self.driver = Driver.read(first.data.tags.get(DRIVER_TAG, "")) if first.info.status == "RUNNING" else None
-        for run in spare:  # of two commands that began in the same moment
-            self._adopt(run.info.run_id)
-        self._status, self._is_live = first.info.status, driver is not None
-        if driver is not None:
-            self.client.set_tag(self._parent, DRIVER_TAG, driver.text)
+    def look(self) -> None:
+        """Ask for the parent, who writes it, and what it is level with; nothing is written."""
+        parents = _search(self, f"tags.`{KIND_TAG}` = 'sweep'")
+        self._parents = sorted(parents, key=lambda run: (run.info.start_time, run.info.run_id))
+        if self._parents:
+            first = self._parents[0]
+            self._parent, self._status = first.info.run_id, first.info.status
+            self.driver, self._level = _driver_of(first), first.data.tags.get(LEVEL_TAG, "")
+            if self._level and not self._has_children(int(self._level.split(" ")[0])):
+                self._level = ""
+
+    def _has_children(self, number: int) -> bool:
+        """Whether so many rows are there, whole: one that somebody deleted would be missed by nothing else."""
+        from mlflow.exceptions import MlflowException
+        from mlflow.utils.search_utils import SearchUtils
+
+        filter_string = f"tags.`{SWEEP_TAG}` = '{self.sweep.key}' and tags.`{KIND_TAG}` = 'run' and status = 'FINISHED'"
+        token = SearchUtils.create_page_token(number - 1).decode() if number > 1 else None  # type: ignore[no-untyped-call]
+        try:  # the last of them alone; MLflow has no call that counts
+            page = self.client.search_runs([self.experiment_id], filter_string, max_results=1, page_token=token)
+        except MlflowException:  # a server whose pages have other names: every run is looked at instead
+            return False
+        return len(page) == min(number, 1) and not page.token
+
+    def begin(self, process: str | None = None) -> None:
+        """Make the parent ready to be written, if it is not; by a process that computes the sweep it is running."""
+        if self.has_begun:
+            return
+        if not self._parents:
+            self._parents = [self.client.create_run(self.experiment_id, self._began, tags=self._parent_tags())]
+            self._parent, self._status = self._parents[0].info.run_id, "RUNNING"
+        while len(self._parents) > 1:  # of two commands that began in the same moment
+            self._adopt(self._parents.pop().info.run_id)
+        self._is_live = process is not None
+        if process is not None:
+            self.client.set_tag(self._parent, DRIVER_TAG, process)
             self.client.update_run(self._parent, status="RUNNING")
-            self._status, self.driver = "RUNNING", driver
+            self._status, self.driver = "RUNNING", process
         self.client.log_dict(self._parent, dict(self.sweep.study), "study.json")
+        self.has_begun = True
 
     @property
     def _began(self) -> int:
@@ -105,7 +132,11 @@ class Tracker:
 
     def is_level(self, keys: Iterable[str]) -> bool:
         """Whether an earlier command left the parent level with these rows: cheaper than to look at every run."""
-        return self._level == _digest(keys)
+        return bool(self._level) and self._level == _digest(keys)
+
+    def is_over(self, status: str, keys: Iterable[str]) -> bool:
+        """Whether nothing is left to be said of a sweep with these rows that ended so."""
+        return self._status == status and self.driver is None and len(self._parents) == 1 and self.is_level(keys)
 
     def find(self) -> None:
         """Look at what is there of the sweep's rows; of a row that is there twice, the spare run is deleted."""
@@ -138,6 +169,7 @@ class Tracker:
         with attempted():
             if not self.lacks(row.key):
                 return False
+            self.begin()
             self._add_dataset(row)
             run = self._run(row, arm, role, stamp)
             texts = {name: text for name, text in logged.params(typed).items() if name not in run.data.params}
@@ -186,13 +218,20 @@ class Tracker:
 
     def attach(self, files: Mapping[str, bytes]) -> None:
         """Put files at the parent, by name; one of that name that is there is replaced."""
+        if not files:
+            return
         with attempted():
+            self.begin()
             _attach(self.client, self._parent, files)
 
     def finish(self, status: str, level: Iterable[str] | None = None) -> None:
-        """End the parent as FINISHED, FAILED or KILLED, unless it is; with rows that it is level with, it says so."""
+        """End the parent as FINISHED, FAILED or KILLED, and say which rows it is level with, unless it is so."""
         with attempted():
-            if level is not None and not self.is_level(level := list(level)):
+            level = None if level is None else list(level)
+            if level is not None and self.is_over(status, level):
+                return
+            self.begin()
+            if level is not None and not self.is_level(level):
                 self.client.set_tag(self._parent, LEVEL_TAG, _digest(level))
             if self._status != status:
                 self.client.set_terminated(self._parent, status, end_time=self._ended)
@@ -207,11 +246,11 @@ class CampaignTracker:
     client: MlflowClient
     experiment_id: str
     stretch: Stretch
-    driver: Driver | None = None  # who is writing
+    driver: str | None = None  # the process that is writing, empty where it is not known
     _run: str = ""
 
-    def start(self, driver: Driver | None) -> None:
-        """Find the campaign's run, or make it; with a driver it is running, and says whose."""
+    def start(self, process: str | None) -> None:
+        """Find the campaign's run, or make it; by a process that trains its models it is running, and says so."""
         from mlflow.entities import Param
 
         campaign = self.stretch.campaign
@@ -223,11 +262,11 @@ class CampaignTracker:
         for other in spare:  # of two commands that began in the same moment; its points are in the store
             self.client.delete_run(other.info.run_id)
         self._run = run.info.run_id
-        self.driver = Driver.read(run.data.tags.get(DRIVER_TAG, "")) if run.info.status == "RUNNING" else None
-        if driver is not None:
-            self.client.set_tag(self._run, DRIVER_TAG, driver.text)
+        self.driver = _driver_of(run)
+        if process is not None:
+            self.client.set_tag(self._run, DRIVER_TAG, process)
             self.client.update_run(self._run, status="RUNNING")
-            self.driver = driver
+            self.driver = process
         known, typed = run.data.params, logged.campaign_params(self.stretch)
         if params := [Param(name, text) for name, text in typed.items() if name not in known]:
             self.client.log_batch(self._run, params=params)
@@ -278,10 +317,12 @@ POINT_METRIC = "device_hours"  # every point of a campaign has it
 
 
 def connect(uri: str, store: Store, sweep: Sweep, *, live: bool = False) -> Tracker:
-    """A tracker for a sweep, `live` in the command that computes it; raises InputError where MLflow cannot be had."""
+    """A tracker that only looks at a sweep, unless it is `live`; raises InputError where MLflow cannot be had."""
     with answering(uri):
         tracker = Tracker(*open_experiment(uri, store), sweep)
-        tracker.start(this_driver() if live else None)
+        tracker.look()
+        if live:
+            tracker.begin(this_process())
     return tracker
 
 
@@ -289,7 +330,7 @@ def connect_campaign(uri: str, store: Store, stretch: Stretch, *, live: bool = F
     """A tracker for the campaign of a stretch of work; raises InputError where MLflow cannot be had."""
     with answering(uri):
         tracker = CampaignTracker(*open_experiment(uri, store), stretch)
-        tracker.start(this_driver() if live else None)
+        tracker.start(this_process() if live else None)
     return tracker
 
 
@@ -298,8 +339,7 @@ def end_abandoned(uri: str, store: Store) -> int:
     with answering(uri):
         client, experiment = open_experiment(uri, store)
         found = client.search_runs([experiment], f"attributes.status = 'RUNNING' and tags.`{DRIVER_TAG}` LIKE '%'")
-        drivers = {run.info.run_id: Driver.read(run.data.tags[DRIVER_TAG]) for run in found}
-        dead = [run for run, driver in drivers.items() if driver is not None and driver.is_dead]
+        dead = [run.info.run_id for run in found if is_running(run.data.tags[DRIVER_TAG]) is False]
         for run in dead:
             client.set_terminated(run, "KILLED")
             _release(client, run)
@@ -345,6 +385,11 @@ def _search(tracker: Tracker | CampaignTracker, filter_string: str) -> Iterator[
         token = page.token
         if not token:
             return iter(found)
+
+
+def _driver_of(run: Any) -> str | None:
+    """The process that writes a run, empty where it is not known; None for one that is over."""
+    return run.data.tags.get(DRIVER_TAG, "") if run.info.status == "RUNNING" else None
 
 
 def _release(client: MlflowClient, run: str) -> None:

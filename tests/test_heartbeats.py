@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,38 @@ def test_a_beat_costs_one_small_object(store: Store) -> None:
         assert store.names("") == [name for name in store.names("") if name.startswith("commands/")]
         assert len(store.names("commands")) == 1
     assert store.names("") == []
+
+
+def test_of_commands_that_ask_at_once_one_leads_and_after_it_another(store: Store) -> None:
+    """The dead are no rivals; who lives elsewhere, by its beat, is one."""
+    elsewhere = command("0-a", about=("campaign",), leads=("campaign",))
+    put(store, command("0-b", process=f"{this_process()}0", leads=("sweep",)), elsewhere)
+    together, answers = threading.Barrier(6), list[bool]()
+
+    def ask() -> None:
+        heart = Heart(store, "sweep digits")
+        with heart.beating(["sweep"], lambda other: None):
+            together.wait()
+            answers.append(heart.leads("sweep"))
+            together.wait()
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == [False] * 5 + [True]
+    heart, is_over = Heart(store, "sweep digits"), threading.Event()
+
+    def beat() -> None:
+        for number in count(1):
+            put(store, replace(elsewhere, beat=number))
+            if is_over.wait(0.1):
+                return
+
+    beats = threading.Thread(target=beat)
+    beats.start()
+    with heart.beating(["sweep", "campaign"], lambda other: None):
+        assert (heart.leads("sweep"), heart.leads("campaign")) == (True, False)
+        is_over.set()
+        beats.join()

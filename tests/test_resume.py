@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 from jobs import status
 from jobs.session import Options, open_session
@@ -31,6 +32,8 @@ from orchestrator.unlearning import METHODS
 @METHODS
 def waits(model):
     '''Wait until a file is there.'''
+    with open({file!r} + " calls", "a") as calls:
+        calls.write("called\\n")
     while not Path({file!r}).exists():
         time.sleep(0.02)
     return clone(model)
@@ -174,12 +177,9 @@ def test_a_sweep_that_another_driver_is_at_says_so_and_after_a_kill_who_it_was(w
     waiting.at_work()
     second = waiting.start()
     waiting.when(lambda c: bool(is_alive(c)) and len(get_commands(waiting.store)) == 2)
-    deadline = time.monotonic() + 60
-    while len([c for c in get_commands(waiting.store) if c.at_work]) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
     first.kill()
     first.wait()
+    waiting.at_work()  # the second, which waited for the first one's runs
     assert waiting.state() == "running", "the second lives"
     second.send_signal(signal.SIGTERM)
     said, errors = second.communicate(timeout=60)
@@ -196,6 +196,29 @@ def test_a_sweep_that_another_driver_is_at_says_so_and_after_a_kill_who_it_was(w
     assert set(waiting.statuses().values()) == {"FINISHED"}
     statuses = [attempt.status for tries in results.get_attempts(waiting.store).values() for attempt in tries]
     assert statuses == ["interrupted"] * 4, "two runs, two drivers"
+
+
+@pytest.mark.chaos
+def test_two_commands_on_one_sweep_do_nothing_twice(waiting: Waiting) -> None:
+    """Neither in the store nor in MLflow, where not even a run that was deleted again tells of the second."""
+    first = waiting.start()
+    waiting.at_work()
+    second = waiting.start()
+    waiting.when(
+        lambda c: bool(is_alive(c)) and c.beat > 3 and c.process.rpartition(" ")[2].startswith(f"{second.pid}@")
+    )
+    waiting.file.touch()
+    said = [process.communicate(timeout=100) for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), said
+    assert Path(f"{waiting.file} calls").read_text() == "called\n" * 2
+    assert "7 models trained" in said[0][0]
+    assert "0 models trained" in said[1][0]
+    assert len(rows(waiting.root)) == 5
+    client = MlflowClient(tracking_uri=f"sqlite:///{waiting.root}/mlflow.db")
+    found = client.search_runs(["1"], run_view_type=ViewType.ALL, max_results=100)
+    assert sorted(run.data.tags["unlearn.kind"] for run in found) == ["run"] * 5 + ["sweep"]
+    assert {run.info.status for run in found} == {"FINISHED"}
+    assert waiting.state() == "done"
 
 
 @pytest.mark.chaos

@@ -22,7 +22,7 @@ from jobs import session, submit, track, tracked
 from jobs.tracked import LiveTracking
 from orchestrator import logged, results
 from orchestrator.contact import EXPERIMENT, redacted, tracking_uri
-from orchestrator.drivers import Driver, this_driver
+from orchestrator.heartbeats import this_process
 from orchestrator.outbox import Outbox
 from orchestrator.registry import InputError
 from orchestrator.results import Member, Row, Sweep, sweep_key
@@ -207,6 +207,7 @@ def test_what_mlflow_would_refuse_or_change_is_made_to_fit_one_batch(
     row = replace(AWKWARD, key="k" * 32, spec={**AWKWARD.spec, "method": {"name": "gone", "options": options}})
     with Proxy(server.url) as proxy:
         tracker = connect(proxy.url, store, replace(SWEEP, key="awkward"))
+        tracker.begin()
         tracker.find()
         proxy.requests.clear()
         tracker.write(row, "del")
@@ -244,11 +245,39 @@ def test_a_row_costs_three_requests(store: Store, server: MlflowServer) -> None:
         assert not proxy.requests
         tracker.finish("FINISHED", KEYS)
         proxy.requests.clear()
-        live = LiveTracking(connect(proxy.url, store, sweep, live=True), store)
+        live = LiveTracking(connect(proxy.url, store, sweep), store)
         live.put(KEYS, BY_KEY)
         live.close("FINISHED")
-        assert "GET runs/search" not in proxy.requests[3:], "a level sweep was looked at row by row"
-        assert len(proxy.requests) < 10
+        assert live.missing == ""
+        assert proxy.requests == ["GET experiments/get-by-name", "POST runs/search", "POST runs/search"]
+
+
+def test_a_level_sweep_is_not_written_and_one_that_lost_or_won_a_run_is(store: Store, uri: str) -> None:
+    put_live(store, uri)
+    written, client, (first, *_) = contents(uri), MlflowClient(tracking_uri=uri), KEYS
+    child = runs_of(uri)[first]
+
+    def again() -> None:
+        live = LiveTracking(connect(uri, store, SWEEP), store)
+        live.put(KEYS, BY_KEY)
+        live.close("FINISHED")
+        assert live.missing == "", live.error
+
+    state = Path(uri.removeprefix("sqlite:///")).read_bytes()
+    again()
+    track.run(store.root, uri)
+    assert Path(uri.removeprefix("sqlite:///")).read_bytes() == state
+    for change in (
+        lambda: client.delete_run(child.info.run_id),
+        lambda: client.set_terminated(runs_of(uri)[first].info.run_id, "KILLED"),
+        lambda: client.set_terminated(
+            client.create_run(child.info.experiment_id, 1, tags=child.data.tags).info.run_id, "FINISHED"
+        ),
+        lambda: client.set_terminated(runs_of(uri)["parent"].info.run_id, "KILLED"),
+    ):
+        change()
+        again()
+        assert contents(uri) == written
 
 
 # ---- what dead and rival drivers leave -------------------------------------------------------------------------------
@@ -261,7 +290,7 @@ def test_half_written_rows_and_parents_are_finished_under_the_same_id(store: Sto
     tracker.client.log_param(half, "arm", "del")
     tracker.client.log_param(half, "seed", "another")  # which MLflow would refuse to change, with all of the batch
     os.unlink(next(Path(store.root).rglob("study.json")))  # killed before it was written
-    tracker.client.set_tag(tracker._parent, DRIVER_TAG, replace(this_driver(), began="long ago").text)
+    tracker.client.set_tag(tracker._parent, DRIVER_TAG, f"{this_process()}0")  # which began later: long dead
     track.run(store.root, uri)
     found = runs_of(uri)
     assert found[KEYS[0]].info.run_id == half
@@ -329,17 +358,6 @@ def test_two_commands_that_end_one_after_the_other_both_end_well(store: Store, u
         tracker.finish("FINISHED")  # the second finds the driver's mark gone
     parent = runs_of(uri)["parent"]
     assert (parent.info.status, DRIVER_TAG in parent.data.tags) == ("FINISHED", False)
-
-
-def test_a_driver_is_told_from_one_of_its_number_and_from_other_hosts() -> None:
-    me = this_driver()
-    assert me.is_alive
-    assert Driver.read(me.text) == me
-    assert Driver.read("") is None
-    assert replace(me, began="1").is_dead
-    elsewhere = replace(me, host="elsewhere")
-    assert not elsewhere.is_alive
-    assert not elsewhere.is_dead
 
 
 # ---- servers in trouble ----------------------------------------------------------------------------------------------
