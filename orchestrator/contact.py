@@ -29,6 +29,11 @@ _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+_NO_CONNECTION = re.compile(  # at the end of what urllib3 and requests wrap around it
+    r"(?:Max retries exceeded|Connection aborted|HTTPConnectionPool).*?"
+    r"(?:\[Errno -?\d+\] (?P<system>[\w ]+)|(?P<slow>timed out|closed connection without response))",
+    re.DOTALL,
+)
 _USER, _PASSWORD, _TOKEN = (f"MLFLOW_TRACKING_{name}" for name in ("USERNAME", "PASSWORD", "TOKEN"))
 
 
@@ -40,6 +45,11 @@ def tracking_uri(store: Store, given: str | None) -> str | None:
     if uri:
         return uri
     return f"sqlite:///{store.path('mlflow.db')}" if store.is_local else None
+
+
+def load() -> None:
+    """Import MLflow, which takes seconds: in a thread, beside other work."""
+    import mlflow.tracking  # noqa: F401
 
 
 def redacted(text: str) -> str:
@@ -112,8 +122,11 @@ def _status(error: Exception) -> int:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says, without passwords."""
-    return redacted((str(error).strip() or type(error).__name__).split("\n", 1)[0])[:300]
+    """What an error says, in a few words and without passwords; of a connection, only why there is none."""
+    text = str(error).strip() or type(error).__name__
+    if found := _NO_CONNECTION.search(text):
+        return (found["system"] or found["slow"]).lower()
+    return redacted(text.split("\n", 1)[0])[:300]
 
 
 @contextlib.contextmanager
@@ -158,7 +171,7 @@ def _sentence(uri: str, error: Exception) -> str:
         return f"something answers at {place}, but not as MLflow does (404): {said}; check the address"
     if 400 <= status < 500:
         return f"MLflow at {place} refuses what we ask of it ({status}): {said}; its version may be too old"
+    remedy = "start `mlflow server` there" if address.scheme.startswith("http") else "mend it"
     return (
-        f"MLflow does not answer at {place}: {said}; start `mlflow server` there, or use "
-        "--tracking-uri none and `unlearn track` later"
+        f"MLflow does not answer at {place} ({said}); {remedy}, or give --tracking-uri none, and `unlearn track` later"
     )

@@ -549,10 +549,19 @@ def test_no_password_of_an_address_is_shown_or_submitted(uri: str) -> None:
 
 
 def test_other_first_contacts_end_in_a_sentence_too(store: Store, tmp_path: Path) -> None:
-    start, file = time.monotonic(), tmp_path / "file"
+    start, file, gone = time.monotonic(), tmp_path / "file", f"http://127.0.0.1:{free_port()}"
     file.touch()
+    with pytest.raises(InputError) as error:
+        connect(gone, store, SWEEP)
+    assert str(error.value) == (
+        f"MLflow does not answer at '{gone}' (connection refused); start `mlflow server` there, or give "
+        "--tracking-uri none, and `unlearn track` later"
+    )
     for place, said in (
-        (f"http://127.0.0.1:{free_port()}", "MLflow does not answer at .*start `mlflow server` there"),
+        (
+            "http://nowhere.invalid:5000",
+            r"MLflow does not answer at .*\((name or service|temporary failure)[a-z ]*\); start",
+        ),
         ("ftp://127.0.0.1", "--tracking-uri is 'ftp://127.0.0.1'; allowed: http"),
         (f"sqlite:///{file}/no.db", "MLflow does not answer at 'sqlite:///"),
         ("postgresql+nodriver://me:hunter2@127.0.0.1:1/x", r"\*\*\*@127"),
