@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 from rich.table import Table
-from scipy import stats
+from scipy import special
 
 from analysis.load import Tables
 from analysis.names import LINE, name_of, with_lines
@@ -82,7 +82,7 @@ def difference(references: Sequence[float] | np.ndarray, runs: Sequence[float] |
 
 def half_width(found: uncertainty.Uncertainty) -> float:
     """Half of the 95 % t-interval; 0 where nothing varies."""
-    return float(stats.t.ppf(0.975, found.freedom)) * found.standard_error if found.standard_error else 0.0
+    return float(special.stdtrit(found.freedom, 0.975)) * found.standard_error if found.standard_error else 0.0
 
 
 def mean_difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Difference:
@@ -92,7 +92,7 @@ def mean_difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Differenc
     """
     found = np.array([theirs.mean() - ours.mean() for theirs, ours in pairs])
     value, standard_error = float(found.mean()), float(found.std(ddof=1) / math.sqrt(len(found)))
-    half = float(stats.t.ppf(0.975, len(found) - 1)) * standard_error
+    half = float(special.stdtrit(len(found) - 1, 0.975)) * standard_error
     return Difference(value, standard_error, value - half, value + half)
 
 
@@ -287,7 +287,7 @@ def _prediction_band(drawn: Sequence[Sequence[float]]) -> float | None:
     freedom = sum(len(found) - 1 for found in drawn)
     variance = sum(float(np.var(found, ddof=1)) * (len(found) - 1) for found in drawn) / freedom
     more = float(np.mean([1 / len(found) for found in drawn]))
-    return float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance * (1 + more))
+    return float(special.stdtrit(freedom, 0.975)) * math.sqrt(variance * (1 + more))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -357,7 +357,9 @@ def _in_accuracy(scores: pl.DataFrame) -> float:
 def _area(values: np.ndarray, positive: np.ndarray) -> float:
     """The area under the ROC curve: the share of pairs in the right order, ties half."""
     hits, misses = int(positive.sum()), int((~positive).sum())
-    ranks = stats.rankdata(values)[positive].sum()
+    from scipy.stats import rankdata  # half a second to import, which a table of runs does without
+
+    ranks = rankdata(values)[positive].sum()
     return float((ranks - hits * (hits + 1) / 2) / (hits * misses))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from analysis import load, paper, refinement, report, selections, tables
+from analysis import load, tables
 from jobs.progress import console
 from jobs.session import existing_store
 from orchestrator import results, schemas
@@ -68,13 +68,22 @@ def exports(store: Store) -> Iterator[Path]:
         yield Path(folder)
 
 
-TABLES: Mapping[str, Callable[[load.Tables, str], list[Table]]] = {
-    "comparison": lambda read, sweep: tables.render(tables.comparison_table(read, sweep)),
-    "selections": lambda read, sweep: selections.render(read, sweep),
-    "paper": lambda read, sweep: paper.render(paper.paper_table(read, sweep)),
-    "rum": lambda read, sweep: refinement.render(read, sweep),
-    "ablation": lambda read, sweep: paper.render_ablation(paper.ablation_table(read, sweep)),
-}
+TABLES = ("comparison", "selections", "paper", "rum", "ablation")
+
+
+def _tables(table: str, read: load.Tables, sweep: str) -> list[Table]:
+    """One of `TABLES`, by parts; the rarer ones and the figures are imported where they are asked for."""
+    if table == "comparison":
+        return tables.render(tables.comparison_table(read, sweep))
+    from analysis import paper, refinement, selections
+
+    rest: Mapping[str, Callable[[], list[Table]]] = {
+        "selections": lambda: selections.render(read, sweep),
+        "paper": lambda: paper.render(paper.paper_table(read, sweep)),
+        "rum": lambda: refinement.render(read, sweep),
+        "ablation": lambda: paper.render_ablation(paper.ablation_table(read, sweep)),
+    }
+    return rest[table]()
 
 
 def show(store: Store, sweep: str, table: str = "comparison") -> None:
@@ -86,11 +95,13 @@ def show(store: Store, sweep: str, table: str = "comparison") -> None:
         console.print(f"[yellow]not independent of the number of workers[/yellow]: {record.caution}", highlight=False)
     with exports(store) as folder:
         wide = Console(width=max(console.width, _WIDTHS.get(table, _TABLE_WIDTH)))
-        for part in TABLES[table](load.load(folder), sweep):
+        for part in _tables(table, load.load(folder), sweep):
             wide.print(part)
 
 
 def write(store: Store, sweep: str | None, out: Path, facts: Mapping[str, str] | None = None) -> Path:
     """Write the HTML report."""
+    from analysis import report
+
     with exports(store) as folder:
         return report.write(folder, out, sweep, facts)

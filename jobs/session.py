@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import isfunction, signature
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from jobs.deadline import Deadline
-from orchestrator import checks
+from orchestrator import checks, contact
 from orchestrator import plan as planning
 from orchestrator.blocks import remove_leftovers
 from orchestrator.data import Dataset
@@ -169,14 +170,19 @@ def _only_recipe(place: str, functions: Mapping[str, Callable[..., Any]]) -> str
     )
 
 
-def open_session(options: Options) -> Session:
-    """Check everything that can be known before training: plugins, recipe, overrides, data, store and its rows."""
+def open_session(options: Options, *, is_tracked: bool = False) -> Session:
+    """Check everything that can be known before training: plugins, recipe, overrides, data, store and its rows.
+
+    Of a command that asks MLflow in any case, MLflow is imported meanwhile.
+    """
     plugins = load_plugins(recipe_modules(options))
     study = make_study(options)
     store = open_store(options.storage, kind=Sketch if options.dry_run else Store)
     dataset = _dataset(study, options.dry_run)
     study = checks.pinned(study, dataset, store)
     context = Context(store, plugins, study.data.label, git_commit(), marker=f"nodes/{secrets.token_hex(8)}")
+    if is_tracked and not options.dry_run and contact.tracking_uri(store, options.tracking_uri):
+        Thread(target=contact.load, daemon=True).start()
     heart = Heart(store, f"{''.join(sys.argv[1:2])} {options.recipe}")
     plan = planning.make(study, dataset, store)
     if not options.dry_run:

@@ -45,7 +45,7 @@ def run(options: Options) -> None:
     """Sweep, export, and print the table."""
     from jobs.report import show
 
-    session = open_session(options)
+    session = open_session(options, is_tracked=True)
     if options.dry_run:
         dry_run.print_plan(session)
         searching.print_plan(session)

@@ -171,7 +171,7 @@ def _sentence(uri: str, error: Exception) -> str:
         return f"something answers at {place}, but not as MLflow does (404): {said}; check the address"
     if 400 <= status < 500:
         return f"MLflow at {place} refuses what we ask of it ({status}): {said}; its version may be too old"
-    remedy = "start `mlflow server` there" if address.scheme.startswith("http") else "mend it"
+    remedy = "start `mlflow server` there" if address.scheme.startswith("http") else "check the address"
     return (
         f"MLflow does not answer at {place} ({said}); {remedy}, or give --tracking-uri none, and `unlearn track` later"
     )

@@ -92,6 +92,13 @@ class Task:
     block: int = 0
     member: int = 0
 
+    @classmethod
+    def of_run(cls, spec: RunSpec, name: str) -> Task:
+        """The task of a run whose key is known, which takes time where runs are many."""
+        task = cls("run", spec)
+        vars(task)["object_name"] = f"rows/{name}.json"
+        return task
+
     @property
     def label(self) -> str:
         """What the task is, in a few words."""

@@ -32,6 +32,7 @@ from orchestrator.specs import (
     RunSpec,
     StandInSpec,
     key,
+    keys,
 )
 from orchestrator.store import Store
 from orchestrator.study import Study
@@ -170,7 +171,8 @@ class Plan:
     def localizations(self) -> list[Task]:
         """The distinct localizations of the runs, each base strategy before those that build on it."""
         runs = self.study.runs(self.fingerprint) if self.undecided else [(arm, run) for arm, _, run in self._runs]
-        specs = {key(spec): spec for _, run in runs if (spec := run.localization)}
+        found = [spec for _, run in runs if (spec := run.localization)]
+        specs = dict(zip(keys(found), found, strict=True))
         return [Task("localization", spec) for spec in sorted(specs.values(), key=lambda s: s.base is not None)]
 
     def runs(self) -> list[Task]:
@@ -178,12 +180,14 @@ class Plan:
 
     @cached_property
     def _run_tasks(self) -> list[Task]:
-        return [Task("run", run) for run in {name: run for _, name, run in self._runs}.values()]
+        return [Task.of_run(run, name) for name, run in {name: run for _, name, run in self._runs}.items()]
 
     @cached_property
     def _runs(self) -> list[tuple[str, str, RunSpec]]:
         """All runs of the study: arm, key, spec."""
-        return [(arm, key(run), run) for arm, run in self.named_runs()]
+        named = self.named_runs()
+        names = keys([run for _, run in named])
+        return [(arm, name, run) for (arm, run), name in zip(named, names, strict=True)]
 
     def sweep(self, provenance: Mapping[str, Any]) -> Sweep:
         """The sweep's own record: all its runs by key, references included.

@@ -305,6 +305,8 @@ def get_selection(store: Store, name: str) -> Selection | None:
 def settled(selections: Selections, runs: Iterable[tuple[str, RunSpec]]) -> dict[str, list[str]]:
     """The keys of the runs that report each choice, by its key; none where nothing could be chosen."""
     found: dict[str, list[str]] = {selection.key: [] for selection in selections.values()}
+    if not found:
+        return found
     for cell, candidates in cells(runs).items():
         if cell in selections and (place := selections[cell].chosen) is not None:
             found[selections[cell].key] += [key(run) for run in list(candidates.values())[place]]

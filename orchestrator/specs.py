@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -365,26 +365,37 @@ class RunSpec(Spec):
         return self.method.name == "retrain"
 
 
-def canonical(value: object) -> object:
-    """A spec as plain JSON values, with the versions of the registered functions that it names."""
+def canonical(value: object, known: dict[int, object] | None = None) -> object:
+    """A spec as plain JSON values, with the versions of the registered functions that it names.
+
+    `known` keeps the specs in it that were met, by their identity: for as long as nobody lets go of them.
+    """
+    if known is None or not isinstance(value, Spec):
+        return _canonical(value, known)
+    if id(value) not in known:
+        known[id(value)] = _canonical(value, known)
+    return known[id(value)]
+
+
+def _canonical(value: object, known: dict[int, object] | None) -> object:
     if isinstance(value, Named):
         declared = value.entry.options
         hashed = {
             n: o for n, o in value.options.items() if not (declared[n].has_mark(Added) and o == declared[n].default)
         }
-        return {"name": value.name, "version": value.entry.version, "options": canonical(hashed)}
+        return {"name": value.name, "version": value.entry.version, "options": canonical(hashed, known)}
     if isinstance(value, Spec):
         fields = type(value).model_fields
         parts = {name: (getattr(value, name), fields[name].json_schema_extra) for name in fields}
         return {
-            name: canonical(part)
+            name: canonical(part, known)
             for name, (part, extra) in parts.items()
             if not (isinstance(extra, dict) and "unhashed_at" in extra and extra["unhashed_at"] == _as_json(part))
         }
     if isinstance(value, Mapping):
-        return {str(name): canonical(part) for name, part in value.items()}
+        return {str(name): canonical(part, known) for name, part in value.items()}
     if isinstance(value, tuple | list):
-        return [canonical(part) for part in value]
+        return [canonical(part, known) for part in value]
     if isinstance(value, float):
         return value + 0.0  # -0.0 + 0.0 is 0.0: one form for zero
     if value is None or isinstance(value, bool | int | str):
@@ -398,8 +409,14 @@ def _as_json(value: object) -> object:
 
 def key(spec: Spec) -> str:
     """The name of what a spec says: the first 128 bits of the SHA-256 of its kind and its canonical JSON, in hex."""
-    text = canonical_json([type(spec).__name__, canonical(spec)])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return keys([spec])[0]
+
+
+def keys(specs: Sequence[Spec]) -> list[str]:
+    """The keys of many specs; what they share is looked at once."""
+    known: dict[int, object] = {}
+    texts = (canonical_json([type(spec).__name__, canonical(spec, known)]) for spec in specs)
+    return [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
 
 
 def _plain(value: object) -> str:

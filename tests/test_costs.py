@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mlflow.entities import Run
 
 from analysis import costs as analysis
 from analysis import report
-from jobs import ledger, track, work
+from jobs import ledger, memorize, track, work
 from jobs.ledger import Ledger
 from jobs.session import Options, Session, open_session
 from orchestrator import costs, export, results, tracking
@@ -26,12 +27,14 @@ from orchestrator.campaigns import Tally
 from orchestrator.cluster import Cluster
 from orchestrator.costs import Outcome, Stretch
 from orchestrator.experiment import Task
+from orchestrator.heartbeats import this_process
 from orchestrator.memorization import BLOCK_SIZE, block_membership
 from orchestrator.registry import InputError
 from orchestrator.results import is_made
 from orchestrator.seeds import numpy_generator
 from orchestrator.store import Store
 from tests.analysis.made import Made
+from tests.commands import here
 
 EPOCH = 1.8e9
 
@@ -186,13 +189,19 @@ def put_block(session: Session, block: int) -> None:
     session.store.put(Task("block", spec, block).object_name, pack(arrays))
 
 
+@contextmanager
+def opened(book: Ledger) -> Iterator[None]:
+    book.prepare()
+    with book.kept(1.5):
+        yield
+
+
 def compute(session: Session, stop: int | None = None) -> Stretch:
     """Perform what a campaign lacks with made models on two made workers, 3 seconds each of which 2 are training."""
     campaign = session.study.campaign_spec(session.dataset.fingerprint)
     record = ledger.stretch_of(session, campaign, session.plan.campaign_counts()["done"])
     book = Ledger(session, Cluster(2, 0.0), record, Tally(session.store, campaign, session.dataset))
-    book.prepare()
-    with book.kept(1.5):
+    with work.beating(session), opened(book):
         for block in [task.block for task in session.plan.missing(session.plan.blocks())]:
             for member in range(BLOCK_SIZE):
                 if member == BLOCK_SIZE - 1:
@@ -265,6 +274,25 @@ def test_a_campaign_is_one_run_that_goes_on_and_can_be_rebuilt(tmp_path: Path) -
     track.run(str(folder), other)
     rebuilt, again = campaign_run(other)
     assert (plain(rebuilt), again) == (plain(run), points)
+
+
+def test_a_campaign_that_is_found_complete_after_a_kill_is_finished_by_track(tmp_path: Path) -> None:
+    """The last command that trained its models said nothing any more; the next had nothing to train."""
+    folder = tmp_path / "store"
+    uri, options = f"sqlite:///{folder}/mlflow.db", Options("digits", ["campaign.models=20"], str(folder))
+    with pytest.raises(KeyboardInterrupt):
+        compute(session_of(folder, 20), stop=1)
+    client, (run, points) = MlflowClient(tracking_uri=uri), campaign_run(uri)
+    client.set_tag(run.info.run_id, tracking.DRIVER_TAG, f"{this_process()}0")  # as kill -9 leaves it
+    client.update_run(run.info.run_id, status="RUNNING")
+    (record,) = costs.get_stretches(Store(str(folder)))
+    costs.put_stretch(Store(str(folder)), replace(record, status="running"))
+    assert "0 models trained" in here(memorize.run, options)
+    assert campaign_run(uri)[0].info.status == "RUNNING"
+    track.run(str(folder), uri)
+    run, after = campaign_run(uri)
+    assert (run.info.status, run.data.tags["unlearn.gate"], after) == ("FINISHED", "passed", points)
+    assert tracking.DRIVER_TAG not in run.data.tags
 
 
 def test_of_what_reaches_out_of_a_window_the_share_inside_counts() -> None:

@@ -13,7 +13,9 @@ import pytest
 import typer
 
 from analysis import load, report, tables
-from jobs import work
+from jobs import sweep, work
+from jobs.session import Options, open_session
+from jobs.work import Cost
 from orchestrator import export, plan, results, selections
 from orchestrator.costs import Outcome
 from orchestrator.criteria import CRITERIA
@@ -215,6 +217,21 @@ def test_what_failed_again_is_said_at_the_end(capsys: pytest.CaptureFixture[str]
             work.conclude(work.Cost(failed, again=again))
         assert end.value.exit_code == 1
         assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_tuning_runs_that_there_was_no_time_for_are_left(tmp_path: Path) -> None:
+    """Worked by hand for two forget sets, two tuned arms of four and three rates, and `identity`."""
+    session = open_session(Options("digits_tuned", SMALL, str(tmp_path)))
+    tuning = session.plan.tuning
+    assert tuning is not None
+    runs = [task.spec for task in tuning.runs() if isinstance(task.spec, RunSpec)]
+    tuned = 3 + 2 * 3 + 2 * 3 + 2 * (4 + 3) * 3  # originals, references, localizations, runs
+    reported = 2 + 2 * 5 + 2 * 2 + 2 * 2 * 2  # originals, references, identity, and those that are not known yet
+    assert sweep._num_left(session, Cost(), None) == tuned + reported
+    pretend(session.store, runs[:1], level)
+    assert sweep._num_left(session, Cost(), None) == tuned + reported - 1
+    pretend(session.store, runs, level)
+    assert sweep._num_left(session, Cost(), None) == 2 * 3 + reported, "finished runs need no original"
 
 
 def test_a_cell_whose_settings_all_failed_is_not_reported(dataset: Dataset, tmp_path: Path) -> None:
