@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import secrets
@@ -175,6 +176,7 @@ def open_session(options: Options, *, is_tracked: bool = False) -> Session:
 
     Of a command that asks MLflow in any case, MLflow is imported meanwhile.
     """
+    gc.set_threshold(100_000)  # a plan is a million objects that stay: looking for garbage among them takes seconds
     plugins = load_plugins(recipe_modules(options))
     study = make_study(options)
     store = open_store(options.storage, kind=Sketch if options.dry_run else Store)
