@@ -221,7 +221,7 @@ def test_what_failed_again_is_said_at_the_end(capsys: pytest.CaptureFixture[str]
 
 def test_tuning_runs_that_there_was_no_time_for_are_left(tmp_path: Path) -> None:
     """Worked by hand for two forget sets, two tuned arms of four and three rates, and `identity`."""
-    session = open_session(Options("digits_tuned", SMALL, str(tmp_path)))
+    session = open_session(Options("digits_tuned", [*SMALL, "methods.del.lr=0.03,0.1,0.2"], str(tmp_path)))
     tuning = session.plan.tuning
     assert tuning is not None
     runs = [task.spec for task in tuning.runs() if isinstance(task.spec, RunSpec)]
