@@ -14,10 +14,11 @@ from jobs.report import exports
 from jobs.session import Options, Session, open_session
 from orchestrator import exact, export
 from orchestrator.arrays import check_whole
-from orchestrator.experiment import Task, Workspace, memorization_scores
+from orchestrator.experiment import Workspace, memorization_scores
 from orchestrator.pool import Pool
 from orchestrator.registry import InputError
 from orchestrator.specs import ExactSpec
+from orchestrator.tasks import Task
 
 
 def run(options: Options, asked: str, seeds: int, goal: Goal) -> None:

@@ -21,12 +21,12 @@ from orchestrator import campaigns, costs, results, tracking
 from orchestrator.campaigns import ScoresSummary, Tally
 from orchestrator.cluster import Cluster
 from orchestrator.costs import Outcome, Point, Stretch
-from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.outbox import LAST_SECONDS, STOPPED_SECONDS, Outbox
 from orchestrator.registry import canonical_json
 from orchestrator.specs import CampaignSpec, key
 from orchestrator.store import StorageError, Store
+from orchestrator.tasks import Task
 
 _SECONDS_BETWEEN_RECORDS = 10.0
 

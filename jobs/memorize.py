@@ -13,10 +13,11 @@ from jobs.session import Options, Session, open_session
 from orchestrator import campaigns
 from orchestrator.campaigns import ScoresSummary, Tally
 from orchestrator.cluster import Cluster
-from orchestrator.experiment import Task, Workspace
+from orchestrator.experiment import Workspace
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.pool import Pool
 from orchestrator.registry import InputError
+from orchestrator.tasks import Task
 
 MOST_MODELS = 100_000  # of a campaign with a target and no --models
 _GROWTH = 0.2  # of a round: short enough to stop in time, long enough that its end costs little

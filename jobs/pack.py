@@ -18,7 +18,7 @@ from jobs.progress import console
 from jobs.session import Options, Session, existing_store, open_session, open_store
 from orchestrator import export, results
 from orchestrator.data import SplitOutputs
-from orchestrator.experiment import forget_indices, memorization_scores, scores_object
+from orchestrator.experiment import forget_indices, memorization_scores
 from orchestrator.offline import FORMAT, ORDER_FORMAT, labels_digest, load_plugins
 from orchestrator.overrides import checked
 from orchestrator.pipeline import Finished, Layer
@@ -28,6 +28,7 @@ from orchestrator.rows import make_row
 from orchestrator.specs import RunSpec, ScoresSpec, StandInSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
+from orchestrator.tasks import scores_object
 
 
 def run(options: Options, out: Path) -> None:

@@ -13,7 +13,7 @@ from jobs.progress import console
 from jobs.report import exports
 from jobs.session import Options, Session, open_session
 from orchestrator import export
-from orchestrator.experiment import Task
+from orchestrator.tasks import Task
 
 
 def run(options: Options) -> None:

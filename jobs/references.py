@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jobs import dry_run, work
 from jobs.session import Options, open_session
-from orchestrator.experiment import Task
 from orchestrator.plan import Plan
+from orchestrator.tasks import Task
 
 
 def run(options: Options) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from jobs.progress import console
 from jobs.session import Session
 from orchestrator import results
-from orchestrator.experiment import Task
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress, Watch, put_stopped, stopped_series
 from orchestrator.registry import canonical_json
@@ -19,6 +18,7 @@ from orchestrator.search import Asha, Halving, distinct, num_to_choose, objectiv
 from orchestrator.specs import RunSpec, key
 from orchestrator.store import Store
 from orchestrator.suggestions import suggest
+from orchestrator.tasks import Task
 
 
 @dataclass

@@ -23,11 +23,12 @@ from orchestrator import export, results, tracking
 from orchestrator.cluster import Cluster
 from orchestrator.contact import redacted
 from orchestrator.costs import Outcome
-from orchestrator.experiment import Task, Workspace, attempt_of
+from orchestrator.experiment import Workspace
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress
 from orchestrator.results import Member, Sweep, put_attempt
 from orchestrator.specs import RunSpec, key
+from orchestrator.tasks import Task, attempt_of
 
 
 @dataclass(frozen=True)

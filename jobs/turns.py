@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from jobs.session import Session
-from orchestrator.experiment import Task
 from orchestrator.heartbeats import BEAT_SECONDS, Command
 from orchestrator.specs import key
 from orchestrator.store import StorageError
+from orchestrator.tasks import Task
 
 _SECONDS_BETWEEN_LOOKS = 10.0
 

@@ -30,11 +30,12 @@ from orchestrator.cluster import Cluster, ray_cluster
 from orchestrator.compiled import pays
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset
-from orchestrator.experiment import Context, Task, Workspace, memorization_scores, put_failure, scores_object
+from orchestrator.experiment import Context, Workspace, memorization_scores
 from orchestrator.heartbeats import Command, process_number
 from orchestrator.nodes import one_root
 from orchestrator.pool import Pool, WorkerDeathError
 from orchestrator.specs import key
+from orchestrator.tasks import Task, put_failure, scores_object
 
 NAMES = {
     "model": "subset models",

@@ -10,11 +10,11 @@ from statistics import median
 from typing import Any
 
 from orchestrator import costs, results
-from orchestrator.experiment import Task
 from orchestrator.pipeline import REFERENCE
 from orchestrator.registry import canonical_json
 from orchestrator.specs import CampaignSpec, LocalizationSpec, ProxiesSpec, RunSpec, Setting, TrainingSpec
 from orchestrator.store import Store
+from orchestrator.tasks import Task
 
 _NO_TIME = ("lr", "momentum", "weight_decay")  # options that change no run's duration
 

@@ -11,8 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from orchestrator import exact, pipeline, results
 from orchestrator.arrays import checksums, metadata_of, pack, unpack
-from orchestrator.blocks import block_name, model_name, put_together
+from orchestrator.blocks import put_together
 from orchestrator.costs import Outcome
 from orchestrator.data import Dataset, Splits
 from orchestrator.localization import Scores, rank
@@ -55,6 +54,7 @@ from orchestrator.specs import (
 )
 from orchestrator.stages import PlainStage, StageMask
 from orchestrator.store import StorageError, Store
+from orchestrator.tasks import Task, put_failure, scores_object
 from orchestrator.training import Mask
 
 T = TypeVar("T")
@@ -72,69 +72,6 @@ def forget_indices(dataset: Dataset, spec: ForgetSpec, scores: np.ndarray | None
     }
     indices: np.ndarray = spec.rule.entry(available, spec.rule.options)
     return indices
-
-
-# ---- tasks ---------------------------------------------------------------------------------------------------------
-
-Kind = Literal["model", "block", "single", "original", "proxies", "localization", "run"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A unit of work: one subset model, one single training for exact scores, one original, localization or run.
-
-    Ten subset models make a block, which the worker that finishes the last of them puts together: a block is what a
-    campaign consists of, and its models are what workers are given.
-    """
-
-    kind: Kind
-    spec: CampaignSpec | SingleSpec | OriginalSpec | ProxiesSpec | LocalizationSpec | RunSpec
-    block: int = 0
-    member: int = 0
-
-    @classmethod
-    def of_run(cls, spec: RunSpec, name: str) -> Task:
-        """The task of a run whose key is known, which takes time where runs are many."""
-        task = cls("run", spec)
-        vars(task)["object_name"] = f"rows/{name}.json"
-        return task
-
-    @property
-    def label(self) -> str:
-        """What the task is, in a few words."""
-        if isinstance(self.spec, RunSpec):
-            method, mask = self.spec.method, self.spec.mask
-            varied = [mask.strategy.name + (f" {mask.budget:g}" if mask.budget else "")] if mask else []
-            varied += [f"lr {method.options['lr']}"] if "lr" in method.options else []
-            by = f" ({', '.join(varied)})" if varied else ""
-            return f"{method.name}{by} on {self.spec.forget.rule.name}, seed {self.spec.seed}"
-        if isinstance(self.spec, LocalizationSpec):
-            return f"{self.spec.strategy.name} on {self.spec.forget.rule.name}"
-        if isinstance(self.spec, CampaignSpec):
-            return f"{self.member} of block {self.block}"
-        if isinstance(self.spec, SingleSpec):
-            return f"{exact.side(self.spec)}, seed {self.spec.seed}"
-        return f"seed {(self.spec.original if isinstance(self.spec, ProxiesSpec) else self.spec).seed}"
-
-    @property
-    def objects(self) -> tuple[str, ...]:
-        """The stored objects that say the task is done."""
-        if isinstance(self.spec, ProxiesSpec):
-            return tuple(map(scores_object, self.spec.each))
-        return (self.object_name,)
-
-    @cached_property
-    def object_name(self) -> str:
-        """The stored object that says the task is done; of a task that has one."""
-        name = key(self.spec)
-        return {
-            "model": model_name(name, self.block, self.member),
-            "block": block_name(name, self.block),
-            "single": exact.single_object(name),
-            "original": f"models/{name}.safetensors",
-            "localization": f"localizations/{name}.safetensors",
-            "run": f"rows/{name}.json",
-        }[self.kind]
 
 
 @dataclass(frozen=True)
@@ -422,27 +359,6 @@ class Workspace:
 def plain_stage(stage: StageSpec) -> PlainStage:
     """A stage in plain values."""
     return PlainStage(stage.method, None if stage.mask is None else StageMask(**dict(stage.mask)))
-
-
-def put_failure(store: Store, task: Task, error: str, trace: str = "") -> None:
-    """Keep a try at a task that came to nothing, as an attempt."""
-    results.put_attempt(store, attempt_of(task, "failed", error, trace))
-
-
-def attempt_of(task: Task, status: str, error: str, trace: str = "") -> results.Attempt:
-    """A try at a task, with all that is known of it here and now."""
-    facts = {"host": socket.gethostname(), "time": time.time(), "kind": task.kind, "traceback": trace}
-    whole = Task("block", task.spec, task.block).object_name if task.kind == "model" else None
-    provenance = {**facts, "what": task.label, "objects": list(task.objects), "whole": whole}
-    spec = task.spec.model_dump(mode="json")
-    return results.Attempt(key(task.spec), spec, status, error, provenance)
-
-
-def scores_object(spec: ScoresSpec | StandInSpec) -> str:
-    """The stored object that holds memorization scores, or what stands in for them."""
-    if isinstance(spec, StandInSpec):
-        return f"proxies/{key(spec)}.parquet"
-    return f"scores/{key(spec)}.parquet"
 
 
 def memorization_scores(store: Store, spec: ScoresSpec | StandInSpec) -> np.ndarray:

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from orchestrator import results
-from orchestrator.experiment import Task, attempt_of
 from orchestrator.registry import InputError
 from orchestrator.results import Attempt
 from orchestrator.sealed import seal, unseal
 from orchestrator.specs import key
 from orchestrator.store import StorageError, Store
+from orchestrator.tasks import Task, attempt_of
 
 FOLDER = "commands"
 BEAT_SECONDS = 5.0  # one small put for a whole command, whatever the number of its trials

@@ -15,7 +15,7 @@ from orchestrator import checks, results, selections
 from orchestrator.arms import CAMPAIGN
 from orchestrator.arrays import check_whole
 from orchestrator.data import Dataset
-from orchestrator.experiment import Task, forget_indices, scores_object
+from orchestrator.experiment import forget_indices
 from orchestrator.memorization import BLOCK_SIZE
 from orchestrator.progress import last_attempts, stopped_series
 from orchestrator.proxies import PROXIES
@@ -36,6 +36,7 @@ from orchestrator.specs import (
 )
 from orchestrator.store import Store
 from orchestrator.study import Study
+from orchestrator.tasks import Task, scores_object
 from orchestrator.unlearning import METHODS
 
 _OTHERS = ("validation", "test")  # splits beside the two parts of the training set

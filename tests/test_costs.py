@@ -26,13 +26,13 @@ from orchestrator.arrays import pack
 from orchestrator.campaigns import Tally
 from orchestrator.cluster import Cluster
 from orchestrator.costs import Outcome, Stretch
-from orchestrator.experiment import Task
 from orchestrator.heartbeats import this_process
 from orchestrator.memorization import BLOCK_SIZE, block_membership
 from orchestrator.registry import InputError
 from orchestrator.results import is_made
 from orchestrator.seeds import numpy_generator
 from orchestrator.store import Store
+from orchestrator.tasks import Task
 from tests.analysis.made import Made
 from tests.commands import here
 

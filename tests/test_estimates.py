@@ -11,13 +11,13 @@ import pytest
 from orchestrator import costs, results
 from orchestrator.costs import Stretch
 from orchestrator.estimates import Estimate, measured
-from orchestrator.experiment import Task
 from orchestrator.plan import Plan
 from orchestrator.recipes import RECIPES
 from orchestrator.results import Row
 from orchestrator.specs import RunSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
+from orchestrator.tasks import Task
 from tests import golden
 
 NUM_TRAIN = 1000  # 15 full batches of 64 an epoch; 10 of them in a subset of 700

@@ -19,13 +19,14 @@ from jobs.session import Options
 from orchestrator import exact, pipeline, results
 from orchestrator.arrays import unpack
 from orchestrator.data import Dataset
-from orchestrator.experiment import Context, Task, Workspace
+from orchestrator.experiment import Context, Workspace
 from orchestrator.models import MODELS
 from orchestrator.pipeline import Lab
 from orchestrator.recipes import RECIPES
 from orchestrator.registry import Chosen, InputError
 from orchestrator.specs import ExactSpec, Model, Setting, SingleSpec, TrainingSpec, key
 from orchestrator.store import Store
+from orchestrator.tasks import Task
 from orchestrator.training import Training
 from tests import golden
 from tests.commands import run

@@ -18,7 +18,7 @@ from orchestrator.arrays import pack, unpack
 from orchestrator.blocks import get_block, parts_of
 from orchestrator.costs import Outcome
 from orchestrator.data import DATASETS, Dataset, Examples, Outputs
-from orchestrator.experiment import Context, Task, Workspace, memorization_scores, scores_object
+from orchestrator.experiment import Context, Workspace, memorization_scores
 from orchestrator.localization import STRATEGIES
 from orchestrator.metrics import METRICS
 from orchestrator.models import MODELS
@@ -44,6 +44,7 @@ from orchestrator.specs import (
     key,
 )
 from orchestrator.store import Store
+from orchestrator.tasks import Task, scores_object
 from orchestrator.training import clone
 from orchestrator.unlearning import METHODS
 

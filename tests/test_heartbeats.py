@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from orchestrator import heartbeats, results
-from orchestrator.experiment import Task
 from orchestrator.heartbeats import Command, Heart, bury, get_commands, is_alive, living, this_process, worker_of
 from orchestrator.recipes import RECIPES
 from orchestrator.specs import OriginalSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
+from orchestrator.tasks import Task
 
 STUDY: Study = RECIPES["digits"].function()
 TASKS = [Task("original", OriginalSpec(setting=STUDY.setting("0" * 32), seed=seed)) for seed in range(3)]

@@ -20,13 +20,13 @@ import numpy as np
 
 from orchestrator.arrays import unpack
 from orchestrator.data import Dataset
-from orchestrator.experiment import Task
 from orchestrator.memorization import BLOCK_SIZE, Counts, count, estimate
 from orchestrator.pipeline import Lab, steady, train_subset_model
 from orchestrator.recipes import RECIPES
 from orchestrator.seeds import generator, numpy_generator
 from orchestrator.specs import CampaignSpec
 from orchestrator.store import Store
+from orchestrator.tasks import Task
 from tests.benchmarks.adaptive import GROWTH, Decision, times_out
 
 PILOT, TOTAL = 10, 20  # blocks

@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from orchestrator.arrays import unpack
 from orchestrator.cluster import ray_cluster
 from orchestrator.data import Dataset
-from orchestrator.experiment import Context, Task, Workspace
+from orchestrator.experiment import Context, Workspace
 from orchestrator.memorization import block_membership
 from orchestrator.pool import Pool
 from orchestrator.recipes import RECIPES
 from orchestrator.store import Store
 from orchestrator.study import Study
+from orchestrator.tasks import Task
 from orchestrator.training import rate_factor
 
 

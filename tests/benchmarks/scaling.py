@@ -16,13 +16,14 @@ import tempfile
 
 from orchestrator import pipeline
 from orchestrator.cluster import Cluster, ray_cluster
-from orchestrator.experiment import Context, Task, Workspace
+from orchestrator.experiment import Context, Workspace
 from orchestrator.memorization import block_membership
 from orchestrator.pipeline import Lab
 from orchestrator.pool import Pool
 from orchestrator.recipes import RECIPES
 from orchestrator.seeds import generator
 from orchestrator.store import Store
+from orchestrator.tasks import Task
 from tests.benchmarks.processes import Processes, matrix_rate
 
 
