@@ -57,7 +57,7 @@ def _needed_time(session: Session, estimate: Estimate, count: int) -> str:
     if not estimate.seconds:
         return (
             f"{device}-hours: nothing was measured with this data and model in this store yet; "
-            f"`unlearn memorize {session.study.recipe} --models 10` with the same options measures a rate"
+            f"`unlearn memorize {session.options.recipe} --models 10` with the same options measures a rate"
         )
     said = f"about {estimate.seconds * part / 3600:.2g} {device}-hours, by {count} measurements in this store"
     return said + (f"; nothing was measured for: {unknown}" if unknown else "")

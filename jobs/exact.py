@@ -58,7 +58,7 @@ def _chosen(session: Session, asked: str) -> tuple[int, ...]:
             missing = session.plan.campaign_counts()["missing"]
             raise InputError(
                 f"--exact {asked} goes by the campaign's scores, of which {missing} subset models are missing; "
-                f"`unlearn memorize {session.study.recipe}` with the same options trains them"
+                f"`unlearn memorize {session.options.recipe}` with the same options trains them"
             )
         return memorization_scores(session.store, session.study.scores_spec(session.dataset.fingerprint))
 
@@ -77,6 +77,6 @@ def _show(session: Session, name: str) -> None:
         console.print(sentence, highlight=False)
     if summary is None:
         console.print(
-            f"`unlearn memorize {session.study.recipe}` with the same options makes scores to compare with",
+            f"`unlearn memorize {session.options.recipe}` with the same options makes scores to compare with",
             highlight=False,
         )

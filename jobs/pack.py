@@ -97,7 +97,7 @@ def _scores(session: Session, spec: ScoresSpec | StandInSpec, who: str) -> np.nd
         command = "memorize" if isinstance(spec, ScoresSpec) else "references"
         raise InputError(
             f"{who} needs memorization scores that the store has not; "
-            f"run `unlearn {command} {session.study.recipe}` with the same options first"
+            f"run `unlearn {command} {session.options.recipe}` with the same options first"
         )
     return memorization_scores(session.store, spec)
 

@@ -44,7 +44,7 @@ def _show(session: Session, tasks: list[Task]) -> None:
         others = "; below are others of this setting" if len(frame) else ""
         console.print(
             f"the campaign's {session.study.campaign.models} subset models are not all in the store; `unlearn memorize "
-            f"{session.study.recipe}` with the same options trains them{others}",
+            f"{session.options.recipe}` with the same options trains them{others}",
             highlight=False,
         )
     else:

@@ -225,7 +225,7 @@ def print_campaign(session: Session) -> None:
         console.print(
             f"{', '.join(names)} {'needs' if len(names) == 1 else 'need'} memorization scores: "
             f"{missing} subset models come first "
-            f"(`unlearn memorize {session.study.recipe}` with the same options trains them alone)",
+            f"(`unlearn memorize {session.options.recipe}` with the same options trains them alone)",
             highlight=False,
         )
 

@@ -73,7 +73,7 @@ class Plan:
 
     def _halted(self, tasks: Iterable[Task]) -> list[Task]:
         stopped = self.stopped - self.present
-        return [task for task in tasks if task.object_name in stopped]
+        return [task for task in tasks if any(name in stopped for name in task.objects)]
 
     def failed_before(self, store: Store) -> list[Task]:
         """The runs that are missing and whose last try failed: they are tried again."""
