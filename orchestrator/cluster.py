@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -73,9 +74,26 @@ def ray_cluster(
     try:
         yield sized(workers, gpus_per_worker, can_grow=target is not None)
     finally:
-        ray.shutdown()
+        _leave()
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _leave() -> None:
+    """Shut Ray down, with nothing of its own left to be collected meanwhile.
+
+    A thread that collects garbage while Ray ends, and meets a reference to one of Ray's objects in it, ends the process.
+    """
+    import ray
+
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def prepare_ray(*, is_client: bool, wants_token: bool | None = None) -> None:

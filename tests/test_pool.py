@@ -173,6 +173,49 @@ def test_a_ray_of_our_own_does_not_hang_on_a_token_that_others_change(tmp_path: 
     assert (done.returncode, done.stdout) == (0, "token [1, 2, 3]\n" * 2), done.stderr
 
 
+COLLECTED_WHILE_RAY_ENDS = """
+import gc
+
+import ray._private.worker
+
+from orchestrator.cluster import ray_cluster
+
+gc.disable()
+
+
+class Node:
+    pass
+
+
+class Core:
+    def __init__(self, core):
+        self.core = core
+
+    def __getattr__(self, name):
+        return getattr(self.core, name)
+
+    def shutdown_driver(self):
+        self.core.shutdown_driver()
+        gc.collect()  # as another thread may, at this moment
+
+
+with ray_cluster(workers=1):
+    node = Node()
+    node.itself, node.result = node, ray.put(1)
+    del node
+    worker = ray._private.worker.global_worker
+    worker.core_worker = Core(worker.core_worker)
+print("went on")
+"""
+
+
+def test_garbage_that_a_thread_collects_while_ray_ends_does_not_end_the_process() -> None:
+    """Ray ends a process that frees a reference to one of its objects then, without a word of Python's."""
+    words = [sys.executable, "-c", COLLECTED_WHILE_RAY_ENDS]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+
+
 def kept_then_die_once(state: Path, number: int) -> str:
     """Keep a result; the worker of number 2 dies the first time, after the result is kept and before it is heard."""
     kept = state / str(number)
