@@ -111,15 +111,24 @@ def _choice(lines: Sequence[Mapping[str, object]], varying: Sequence[str]) -> Ch
         lead=None if tuned is None or behind is None else tuned.minus(behind),
         confirmed=None if best is None else _judged(best, "confirmed_"),
         edges=() if place is None else tuple(_edges(options, place, names)),
-        failed=tuple(
-            f"{_said(o, names)}: {line['error']}" for o, line in zip(options, lines, strict=True) if line["error"]
-        ),
+        failed=tuple(f"{'; '.join(settings)}: {error}" for error, settings in _failed(lines, options, names).items()),
         criterion=str(first["criterion"]),
         formula=str(first["formula"]),
         seeds=str(first["seeds"]),
         tuning_set=f"{first['tuning_set']}, draw {first['tuning_draw']}",
         num_references=int(_float(first["num_references"])),
     )
+
+
+def _failed(
+    lines: Sequence[Mapping[str, object]], options: Sequence[Mapping[str, object]], names: Sequence[str]
+) -> dict[str, list[str]]:
+    """The settings that could not be judged, by what became of them."""
+    found: dict[str, list[str]] = {}
+    for line, setting in zip(lines, options, strict=True):
+        if line["error"]:
+            found.setdefault(str(line["error"]), []).append(_said(setting, names))
+    return found
 
 
 def _said(options: Mapping[str, object], names: Sequence[str]) -> str:

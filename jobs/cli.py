@@ -198,7 +198,7 @@ def sweep(
 
     chosen = {"kind": search, "samples": samples, "seed": search_seed, "objective": objective, "direction": direction}
     named = {f"search.{field}": value for field, value in chosen.items()} | {"scheduler": scheduler}
-    tuned = [f"tuning.criterion={tune}"] if tune is not None else []
+    tuned = [] if tune is None else ["tuning=none"] if tune == "none" else [f"tuning.criterion={tune}"]
     texts = [*tuned, *(assignments or ()), *search_options.assignments(named)]
     given = (storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run, compile)
     job.run(Options(recipe, texts, *given, time_budget or Deadline(), max_concurrent, retries))

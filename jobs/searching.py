@@ -10,6 +10,7 @@ from typing import Any
 from jobs.progress import console
 from jobs.session import Session
 from orchestrator import results
+from orchestrator.axes import Distribution
 from orchestrator.plan import Plan
 from orchestrator.progress import Progress, Watch, put_stopped, stopped_series
 from orchestrator.registry import canonical_json
@@ -99,7 +100,10 @@ class Asking:
         if not tried:
             return
         value, values = (max if search.is_maximised else min)(tried, key=lambda pair: pair[0])
-        said, seeds = ", ".join(f"{name}={setting}" for name, setting in values.items()), len(self.plan.study.seeds)
+        (arm,) = self.plan.study.searched().values()
+        chosen_from = {name for name, axis in arm.axes().items() if isinstance(axis, Distribution) or len(axis) > 1}
+        said = ", ".join(f"{name}={setting}" for name, setting in values.items() if name in chosen_from)
+        seeds = len(self.plan.study.seeds)
         console.print(
             f"best {search.objective} of {len(tried)} settings: {value:.4f} (mean of {seeds} seeds) at {said}. "
             "It was chosen by these runs: report it on other seeds.",

@@ -154,7 +154,8 @@ def _num_left(session: Session, cost: work.Cost, asking: searching.Asking | None
     tuning = plan.tuning.against(session.store) if plan.tuning is not None and plan.undecided else None
     unchosen = tuning.missing(_prepared(tuning) + tuning.runs()) if tuning is not None else []
     before = sum((task.kind, key(task.spec)) not in over for task in unchosen)
-    return before + len(left) + plan.undecided + (asking.num_left if asking and not cost.failures else 0)
+    unasked = asking.num_left * len(session.study.seeds) if asking and not cost.failures else 0
+    return before + len(left) + plan.undecided + unasked
 
 
 def _prepared(plan: Plan) -> list[Task]:

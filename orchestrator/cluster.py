@@ -82,7 +82,7 @@ def ray_cluster(
 def _leave() -> None:
     """Shut Ray down, with nothing of its own left to be collected meanwhile.
 
-    A thread that collects garbage while Ray ends, and meets a reference to one of Ray's objects in it, ends the process.
+    A thread that collects garbage while Ray ends, and meets a reference to one of Ray's objects, ends the process.
     """
     import ray
 

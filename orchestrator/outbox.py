@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 QUEUE_SIZE = 10_000
 LAST_SECONDS = 60.0  # for what is queued when a command ends
+PATIENCE_SECONDS = 20.0  # of these, for a server that fails: one that was started anew answers by then
 STOPPED_SECONDS = 2.0  # the same where it was stopped: `ray job stop` kills after three
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
@@ -30,6 +32,7 @@ class Outbox:
         self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue(QUEUE_SIZE)
         self._ending = threading.Event()
         self._lost = False
+        self._given_up = math.inf
         self._thread = threading.Thread(target=self._drain, name="tracking", daemon=True)
         self._thread.start()
 
@@ -49,10 +52,10 @@ class Outbox:
                 self._insist(write)
 
     def _insist(self, write: Callable[[], object]) -> None:
-        """Do a write, again and again; once the end was asked for, one more time."""
+        """Do a write, again and again; once the end was asked for, for a while, and once at least."""
         pause = _FIRST_PAUSE
         while True:
-            is_last_try = self._ending.is_set()
+            is_last_try = self._ending.is_set() and time.monotonic() >= self._given_up
             try:
                 write()
                 return
@@ -64,12 +67,15 @@ class Outbox:
             if is_last_try:
                 self.missed, self._lost = self.missed + 1, True
                 return
-            self._ending.wait(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            if self._ending.wait(pause):
+                time.sleep(max(0.0, min(_FIRST_PAUSE, self._given_up - time.monotonic())))
+            else:
+                pause = min(2 * pause, _LONGEST_PAUSE)
 
     def end(self, last: Callable[[], object], seconds: float = LAST_SECONDS) -> None:
         """Write what is queued, then what comes last; whatever is not done after so many seconds is left."""
         deadline = time.monotonic() + seconds
+        self._given_up = time.monotonic() + min(PATIENCE_SECONDS, seconds / 2)
         self._ending.set()
         for write in (last, None):
             try:

@@ -196,6 +196,8 @@ def _tuning(study: Study, rest: list[str], text: str, path: str, later: Mapping[
     tuning = study.tuning
     if not rest and text == "none":
         return None
+    if not rest:
+        raise InputError(f"tuning is {text!r}; allowed: none; to tune, set tuning.criterion={text}")
     if rest == ["criterion"] and tuning is None:
         return checked(lambda: Tuning(criterion=text))
     if tuning is None:
@@ -204,6 +206,8 @@ def _tuning(study: Study, rest: list[str], text: str, path: str, later: Mapping[
         fields = sorted({*Tuning.model_fields} - {"forget_sets"})
         if len(rest) != 1 or rest[0] not in fields:
             raise InputError(f"unknown field {path!r}; {suggest('.'.join(rest), [*fields, 'forget_sets.NAME'])}")
+        if rest[0] == "references" and not tuning.uses_references:
+            raise InputError(f"{path} is set and the criterion {tuning.criterion} asks for no references; leave it out")
         changed: Tuning = _rebuild(tuning, rest[0], text.split(",") if rest[0] == "seeds" else text)
         return changed
     names = [rule.name for rule in study.forget_sets]

@@ -77,7 +77,7 @@ def put_stopped(store: Store, spec: RunSpec, reports: Sequence[Progress], why: s
         "series": series,
         "seconds": outcome.seconds if outcome else 0.0,
     }
-    error = f"stopped after {len(reports)} epochs ({why})"
+    error = f"stopped after {len(reports)} {'epoch' if len(reports) == 1 else 'epochs'} ({why})"
     put_attempt(store, Attempt(name, spec.model_dump(mode="json"), STOPPED, error, provenance))
 
 

@@ -163,6 +163,11 @@ def check(study: Study) -> None:
             f"{', '.join(map(str, sorted(draws)))}"
         )
     _check_axes(study)
+    if "original" in tuning.entry.inputs and not any(arm.method == "identity" for arm in study.methods.values()):
+        raise InputError(
+            f"criterion {tuning.criterion} holds a run against the original, which the method identity reports, "
+            "and the study has none; add identity to methods"
+        )
     names = [rule.name for rule in study.forget_sets]
     for name in tuning.forget_sets:
         if name not in names:
@@ -174,11 +179,19 @@ def _check_axes(study: Study) -> None:
     if study.searched():
         raise InputError("Optuna chooses settings by the runs that are reported; to tune them, use --search random")
     for name, arm in study.methods.items():
-        if isinstance(arm.budget, Distribution) or any(stage.is_drawn for stage in arm.stages):
+        if isinstance(arm.budget, Distribution):
             raise InputError(
-                f"methods.{name} has a budget or stages drawn at random, of which each draw is a cell of its own; "
+                f"methods.{name} has a budget drawn at random, of which each draw is a cell of its own; "
                 "list values to tune the other options at each, or set tuning=none"
             )
+        for place, stage in enumerate(arm.stages, 1):
+            if several := [
+                option for option, axis in stage.axes().items() if isinstance(axis, Distribution) or len(axis) > 1
+            ]:
+                raise InputError(
+                    f"methods.{name}.stages.{place} has several values of {', '.join(several)}, and the options of "
+                    "stages are not tuned; give each one value, or set tuning=none to report them side by side"
+                )
 
 
 def tuned_runs(runs: Iterable[tuple[str, RunSpec]]) -> frozenset[str]:

@@ -50,11 +50,10 @@ class Task:
     def label(self) -> str:
         """What the task is, in a few words."""
         if isinstance(self.spec, RunSpec):
-            method, mask = self.spec.method, self.spec.mask
-            varied = [mask.strategy.name + (f" {mask.budget:g}" if mask.budget else "")] if mask else []
-            varied += [f"lr {method.options['lr']}"] if "lr" in method.options else []
-            by = f" ({', '.join(varied)})" if varied else ""
-            return f"{method.name}{by} on {self.spec.forget.rule.name}, seed {self.spec.seed}"
+            mask = self.spec.mask
+            budget = f" {mask.budget:g}" if mask and mask.budget else ""
+            by = f" by {mask.strategy.name}{budget}" if mask else ""
+            return f"{self.spec.method.label}{by} on {self.spec.forget.rule.name}, seed {self.spec.seed}"
         if isinstance(self.spec, LocalizationSpec):
             return f"{self.spec.strategy.name} on {self.spec.forget.rule.name}"
         if isinstance(self.spec, CampaignSpec):

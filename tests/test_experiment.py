@@ -246,9 +246,8 @@ def test_a_method_that_gives_no_model_is_a_failed_run_that_says_so(
 def test_a_task_is_named_by_what_tells_it_from_others_of_its_sweep(dataset: Dataset) -> None:
     plain, named = run_of(dataset, "finetune"), Strategy(name="weighted_gradient")
     masked = plain.model_copy(update={"mask": MaskSpec(strategy=named, granularity="channel", budget=0.3)})
-    rate = plain.method.options["lr"]
-    assert Task("run", plain).label == f"finetune (lr {rate}) on random, seed 0"
-    assert Task("run", masked).label == f"finetune (weighted_gradient 0.3, lr {rate}) on random, seed 0"
+    assert Task("run", plain).label == "finetune(epochs=1, batch_size=32) on random, seed 0"
+    assert Task("run", masked).label == "finetune(epochs=1, batch_size=32) by weighted_gradient 0.3 on random, seed 0"
 
 
 def test_originals_references_and_unlearning_train_on_augmented_images(dataset: Dataset, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from analysis import load, report, tables
-from jobs import sweep, work
+from jobs import searching, sweep, work
 from jobs.session import Options, open_session
 from jobs.work import Cost
 from orchestrator import export, plan, results, selections
@@ -234,6 +234,23 @@ def test_tuning_runs_that_there_was_no_time_for_are_left(tmp_path: Path) -> None
     assert sweep._num_left(session, Cost(), None) == 2 * 3 + reported, "finished runs need no original"
 
 
+def test_runs_of_settings_that_optuna_has_not_chosen_are_left_by_seed(tmp_path: Path) -> None:
+    one = [
+        "methods=finetune",
+        "forget_sets=random",
+        "seeds=0,1",
+        "references=2",
+        "methods.finetune.lr=loguniform(1e-3, 1e-1)",
+    ]
+    words = [*one, "search.kind=optuna", "search.objective=loss/validation", "search.samples=3"]
+    session = open_session(Options("digits", words, str(tmp_path)))
+    asking = searching.Asking(session, sweep._record(session), session.plan)
+    asking.ask()
+    assert (
+        sweep._num_left(session, Cost(), asking) == 2 + 2 + 2 * 3
+    )  # originals, references, three settings on two seeds
+
+
 def test_a_cell_whose_settings_all_failed_is_not_reported(dataset: Dataset, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     tuning = plan.make(study(), dataset, store).tuning
@@ -280,6 +297,9 @@ def test_criteria_are_what_they_say() -> None:
         (["tuning.criterion=accuracy"], "unknown criterion 'accuracy'"),
         (["tuning.forget_sets.whole_class=random"], "unknown field"),
         (["tuning=none", "tuning.draw=3"], "set tuning.criterion first"),
+        (["tuning=forget_as_unseen"], "allowed: none; to tune, set tuning.criterion=forget_as_unseen"),
+        (["tuning.criterion=forget_as_unseen", "tuning.references=7"], "asks for no references"),
+        (["methods=finetune", "tuning.criterion=forget_as_unseen"], "the method identity reports"),
         (["methods.del.budget=uniform(0.1, 0.3)"], "each draw is a cell of its own"),
         (["methods=finetune", "forget_sets=random", "search.kind=optuna"], "Optuna chooses settings by the runs that"),
     ],
@@ -287,6 +307,13 @@ def test_criteria_are_what_they_say() -> None:
 def test_tuning_by_what_is_reported_is_refused(texts: list[str], said: str, dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said):
         plan.make(study(*texts), dataset, Store(str(tmp_path)))
+
+
+def test_several_options_of_a_stage_are_refused_where_settings_are_tuned(dataset: Dataset, tmp_path: Path) -> None:
+    staged = ["tuning.criterion=tug_of_war_validation", "forget_sets=random", "methods.rum.stages.2.lr=0.01,0.03"]
+    tuned = override(RECIPES["digits_rum"].function(), staged)
+    with pytest.raises(InputError, match=r"methods\.rum\.stages\.2 has several values of lr"):
+        plan.make(tuned, dataset, Store(str(tmp_path)))
 
 
 def test_data_without_a_validation_split_are_refused_with_the_remedy(dataset: Dataset, tmp_path: Path) -> None:

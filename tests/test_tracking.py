@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -381,8 +382,9 @@ def trouble(proxy: Proxy, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["hangs", "500", "400"])
 def test_a_server_in_trouble_holds_nothing_up_and_track_brings_the_rest(
-    store: Store, server: MlflowServer, kind: str
+    store: Store, server: MlflowServer, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("orchestrator.outbox.PATIENCE_SECONDS", 1.0)
     sweep = replace(SWEEP, key=f"trouble {kind}")
     store.delete(f"sweeps/{SWEEP.key}.json")
     results.put_sweep(store, sweep)
@@ -427,6 +429,23 @@ def test_a_server_that_comes_back_gets_the_rest(store: Store, server: MlflowServ
     live.close("FINISHED")
     assert live.missing == ""
     assert len(runs_of(server.url, sweep)) == len(KEYS) + 1
+
+
+def test_a_server_that_is_away_when_a_command_ends_is_waited_for(store: Store, server: MlflowServer) -> None:
+    sweep = replace(SWEEP, key="away at the end")
+    with Proxy(server.url) as proxy:
+        live = LiveTracking(connect(proxy.url, store, sweep, live=True), store)
+        live.put(KEYS[:1], BY_KEY)
+        while KEYS[0] not in live.done:
+            time.sleep(0.01)
+        trouble(proxy, "503")
+        back = threading.Timer(3.0, lambda: trouble(proxy, "none"))
+        back.start()
+        live.put(KEYS[1:], BY_KEY)
+        live.close("FINISHED")
+        back.join()
+    assert live.missing == ""
+    assert runs_of(server.url, sweep).keys() == {"parent", *KEYS}
 
 
 def test_a_run_whose_making_was_answered_too_late_is_not_made_twice(store: Store, server: MlflowServer) -> None:
