@@ -51,7 +51,10 @@ def _sweep(uri: str, store: Store, sweep: Sweep) -> int:
         return 0
     present, members = results.row_keys(store), {member.key: member for member in sweep.members}
     keys = [name for name in members if name in present]
-    lacking, refused = [name for name in keys if tracker.lacks(name)], []
+    tracker.find(members)
+    lacking = [name for name in keys if tracker.lacks(name)]
+    lacking += [] if lacking or tracker.has_dataset else keys[:1]  # which brings the data set
+    refused = list[str]()
     with bars({"rows": len(lacking)}) as advance:
         for name in lacking:
             row = results.get_row(store, name)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import tempfile
+import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import logged
 from orchestrator.contact import EXPERIMENT, answering, attempted, open_experiment, tracking_uri
 from orchestrator.costs import Point, Stretch
 from orchestrator.heartbeats import is_running, this_process
+from orchestrator.mlflow_runs import DRIVER_TAG, add_dataset, attach, driver_of, release, search
 from orchestrator.registry import canonical_json
 from orchestrator.results import Role, Row, Sweep
 from orchestrator.store import Store
@@ -28,7 +27,6 @@ __all__ = [
     "Tracker",
     "connect",
     "connect_campaign",
-    "replay",
     "replay_campaign",
     "tracking_uri",
 ]
@@ -37,9 +35,9 @@ SWEEP_TAG, KEY_TAG, KIND_TAG = "unlearn.sweep", "unlearn.key", "unlearn.kind"
 ROLE_TAG = "unlearn.role"  # of a sweep's runs: reported, confirmed, or tuning, which settings were chosen by
 CAMPAIGN_TAG, SCORES_TAG, GATE_TAG = "unlearn.campaign", "unlearn.scores", "unlearn.gate"
 LEVEL_TAG = "unlearn.level"  # of a parent: what its children and files were level with
-DRIVER_TAG = "unlearn.driver"  # of a run that is being written: by whom
 JOB_TAG = "unlearn.ray_job"  # the submission id of the Ray job that the command was
 _PARENT = "mlflow.parentRunId"
+_LEVEL = re.compile(r"(\d+) rows [0-9a-f]{32}")  # as _digest writes it
 
 
 @dataclass
@@ -63,26 +61,31 @@ class Tracker:
     _runs: dict[str, Any] | None = None  # run key -> a run that is not finished
     _finished: set[str] = field(default_factory=set)
     _unsure: set[str] = field(default_factory=set)  # runs that may have been made although the answer was lost
-    _has_dataset: bool = False
+    _astray: list[str] = field(default_factory=list)  # runs of the sweep's rows that are not the parent's
+    has_dataset: bool = False  # of the parent
     _ended: int | None = None  # the last row, where all is written later; None: now
 
     def look(self) -> None:
         """Ask for the parent, who writes it, and what it is level with; nothing is written."""
-        parents = _search(self, f"tags.`{KIND_TAG}` = 'sweep'")
+        parents = self._search(f"tags.`{KIND_TAG}` = 'sweep'")
         self._parents = sorted(parents, key=lambda run: (run.info.start_time, run.info.run_id))
         if self._parents:
             first = self._parents[0]
             self._parent, self._status = first.info.run_id, first.info.status
-            self.driver, self._level = _driver_of(first), first.data.tags.get(LEVEL_TAG, "")
-            if self._level and not self._has_children(int(self._level.split(" ")[0])):
-                self._level = ""
+            self.driver, self.has_dataset = driver_of(first), bool(first.inputs and first.inputs.dataset_inputs)
+            said = _LEVEL.fullmatch(first.data.tags.get(LEVEL_TAG, ""))  # else somebody changed it
+            self._level = said[0] if said and self._has_children(int(said[1])) else ""
+
+    def _search(self, filter_string: str) -> list[Any]:
+        """The sweep's runs that match."""
+        return search(self.client, self.experiment_id, f"tags.`{SWEEP_TAG}` = '{self.sweep.key}' and {filter_string}")
 
     def _has_children(self, number: int) -> bool:
-        """Whether so many rows are there, whole: one that somebody deleted would be missed by nothing else."""
+        """Whether so many rows are there, whole: one that was deleted or given away would be missed by nothing else."""
         from mlflow.exceptions import MlflowException
         from mlflow.utils.search_utils import SearchUtils
 
-        filter_string = f"tags.`{SWEEP_TAG}` = '{self.sweep.key}' and tags.`{KIND_TAG}` = 'run' and status = 'FINISHED'"
+        filter_string = f"tags.`{_PARENT}` = '{self._parent}' and tags.`{KIND_TAG}` = 'run' and status = 'FINISHED'"
         token = SearchUtils.create_page_token(number - 1).decode() if number > 1 else None  # type: ignore[no-untyped-call]
         try:  # the last of them alone; MLflow has no call that counts
             page = self.client.search_runs([self.experiment_id], filter_string, max_results=1, page_token=token)
@@ -106,6 +109,7 @@ class Tracker:
             self._status, self.driver = "RUNNING", process
         self.client.log_dict(self._parent, dict(self.sweep.study), "study.json")
         self.has_begun = True
+        self._gather()
 
     @property
     def _began(self) -> int:
@@ -126,9 +130,15 @@ class Tracker:
 
     def _adopt(self, parent: str) -> None:
         """Give the children of a spare parent to the one that stays."""
-        for run in _search(self, f"tags.`{_PARENT}` = '{parent}'"):
-            self.client.set_tag(run.info.run_id, _PARENT, self._parent)
+        self._astray += [run.info.run_id for run in self._search(f"tags.`{_PARENT}` = '{parent}'")]
+        self._gather()
         self.client.delete_run(parent)
+
+    def _gather(self) -> None:
+        """Give the parent those of the sweep's rows that belong to another, which may be gone."""
+        while self._astray:
+            self.client.set_tag(self._astray[-1], _PARENT, self._parent)
+            self._astray.pop()
 
     def is_level(self, keys: Iterable[str]) -> bool:
         """Whether an earlier command left the parent level with these rows: cheaper than to look at every run."""
@@ -138,21 +148,28 @@ class Tracker:
         """Whether nothing is left to be said of a sweep with these rows that ended so."""
         return self._status == status and self.driver is None and len(self._parents) == 1 and self.is_level(keys)
 
-    def find(self) -> None:
-        """Look at what is there of the sweep's rows; of a row that is there twice, the spare run is deleted."""
-        self._runs, self._finished = {}, set()
-        spare = []
-        for run in _search(self, f"tags.`{KIND_TAG}` = 'run'"):
-            key = run.data.tags[KEY_TAG]
-            if key in self._finished or (key in self._runs and run.info.status != "FINISHED"):
-                spare.append(run)
-            elif run.info.status == "FINISHED":
-                self._finished.add(key)
-                spare += [self._runs.pop(key)] if key in self._runs else []
-            else:  # left half-written by a driver that died: written again, under the same id
-                self._runs[key] = run
-        for run in spare:
-            self.client.delete_run(run.info.run_id)
+    def find(self, keys: Collection[str] | None = None) -> None:
+        """Look at what is there of the sweep's rows; of a row that is there twice, the spare run is deleted.
+
+        So is a run that says it is of another row than these `keys`, where all are known.
+        """
+        kept, spare = dict[str, Any](), list[str]()
+        for run in sorted(self._search(f"tags.`{KIND_TAG}` = 'run'"), key=_doubts):
+            key = run.data.tags.get(KEY_TAG, "")
+            if key in kept or (keys is not None and key not in keys):
+                spare.append(run.info.run_id)
+            else:
+                kept[key] = run
+        for name in spare:
+            self.client.delete_run(name)
+        self._finished = {key for key, run in kept.items() if run.info.status == "FINISHED"}
+        # left half-written by a driver that died: written again, under the same id
+        self._runs = {key: run for key, run in kept.items() if key not in self._finished}
+        self._astray = [run.info.run_id for run in kept.values() if run.data.tags.get(_PARENT) != self._parent]
+        if self._astray:
+            self._level = ""
+        if self.has_begun:
+            self._gather()
 
     def lacks(self, key: str) -> bool:
         """Whether a row is not there, or not whole."""
@@ -167,10 +184,13 @@ class Tracker:
         stamp = int(row.provenance["finished_at"] * 1000)  # fixed, so that writing again adds no point
         typed = logged.typed_params(row, arm)
         with attempted():
-            if not self.lacks(row.key):
+            is_there = not self.lacks(row.key)
+            if is_there and self.has_dataset:
                 return False
             self.begin()
             self._add_dataset(row)
+            if is_there:
+                return False
             run = self._run(row, arm, role, stamp)
             texts = {name: text for name, text in logged.params(typed).items() if name not in run.data.params}
             metrics = [Metric(name, value, stamp, 0) for name, value in logged.numbers(row, typed).items()]
@@ -188,7 +208,7 @@ class Tracker:
         """The run of a row: the one that is there, or a new one."""
         assert self._runs is not None
         if row.key in self._unsure:
-            for found in _search(self, f"tags.`{KEY_TAG}` = '{row.key}'"):
+            for found in self._search(f"tags.`{KEY_TAG}` = '{row.key}'"):
                 self._runs[row.key] = found
         if row.key not in self._runs:
             self._unsure.add(row.key)
@@ -211,10 +231,10 @@ class Tracker:
         return {name: logged.cut(value, logged.MAX_TAG) for name, value in tags.items() if value}
 
     def _add_dataset(self, row: Row) -> None:
-        if not self._has_dataset:
+        if not self.has_dataset:
             source = canonical_json(self.sweep.study.get("data", {}))
-            _add_dataset(self.client, self._parent, row.provenance["data"], row.spec["setting"]["data"], source)
-            self._has_dataset = True
+            add_dataset(self.client, self._parent, row.provenance["data"], row.spec["setting"]["data"], source)
+            self.has_dataset = True
 
     def attach(self, files: Mapping[str, bytes]) -> None:
         """Put files at the parent, by name; one of that name that is there is replaced."""
@@ -222,7 +242,7 @@ class Tracker:
             return
         with attempted():
             self.begin()
-            _attach(self.client, self._parent, files)
+            attach(self.client, self._parent, files)
 
     def finish(self, status: str, level: Iterable[str] | None = None) -> None:
         """End the parent as FINISHED, FAILED or KILLED, and say which rows it is level with, unless it is so."""
@@ -231,12 +251,13 @@ class Tracker:
             if level is not None and self.is_over(status, level):
                 return
             self.begin()
+            self._gather()
             if level is not None and not self.is_level(level):
                 self.client.set_tag(self._parent, LEVEL_TAG, _digest(level))
             if self._status != status:
                 self.client.set_terminated(self._parent, status, end_time=self._ended)
             if self.driver is not None:
-                _release(self.client, self._parent)
+                release(self.client, self._parent)
 
 
 @dataclass
@@ -254,7 +275,7 @@ class CampaignTracker:
         from mlflow.entities import Param
 
         campaign = self.stretch.campaign
-        runs = list(_search(self, f"tags.`{CAMPAIGN_TAG}` = '{campaign}'"))
+        runs = search(self.client, self.experiment_id, f"tags.`{CAMPAIGN_TAG}` = '{campaign}'")
         if not runs:
             begin = int(self.stretch.created * 1000)
             runs = [self.client.create_run(self.experiment_id, start_time=begin, tags=self._tags())]
@@ -262,7 +283,7 @@ class CampaignTracker:
         for other in spare:  # of two commands that began in the same moment; its points are in the store
             self.client.delete_run(other.info.run_id)
         self._run = run.info.run_id
-        self.driver = _driver_of(run)
+        self.driver = driver_of(run)
         if process is not None:
             self.client.set_tag(self._run, DRIVER_TAG, process)
             self.client.update_run(self._run, status="RUNNING")
@@ -270,7 +291,7 @@ class CampaignTracker:
         known, typed = run.data.params, logged.campaign_params(self.stretch)
         if params := [Param(name, text) for name, text in typed.items() if name not in known]:
             self.client.log_batch(self._run, params=params)
-            _add_dataset(self.client, self._run, self.stretch.data, typed["fingerprint"], self.stretch.data)
+            add_dataset(self.client, self._run, self.stretch.data, typed["fingerprint"], self.stretch.data)
 
     def _tags(self) -> dict[str, str]:
         recipe, campaign = self.stretch.recipe, str(self.stretch.campaign)
@@ -306,11 +327,11 @@ class CampaignTracker:
             if stretch.scores_key is not None:
                 self.client.set_tag(self._run, SCORES_TAG, stretch.scores_key)
                 self.client.set_tag(self._run, GATE_TAG, "passed" if stretch.passes_gate else "failed")
-            _attach(self.client, self._run, artifacts)
+            attach(self.client, self._run, artifacts)
             status = {"finished": "FINISHED", "failed": "FAILED"}.get(stretch.status, "KILLED")
             self.client.set_terminated(self._run, status, end_time=int(stretch.ended * 1000))
             if self.driver is not None:
-                _release(self.client, self._run)
+                release(self.client, self._run)
 
 
 POINT_METRIC = "device_hours"  # every point of a campaign has it
@@ -342,7 +363,7 @@ def end_abandoned(uri: str, store: Store) -> int:
         dead = [run.info.run_id for run in found if is_running(run.data.tags[DRIVER_TAG]) is False]
         for run in dead:
             client.set_terminated(run, "KILLED")
-            _release(client, run)
+            release(client, run)
     return len(dead)
 
 
@@ -358,11 +379,6 @@ def probe(uri: str, store: Store) -> None:
             client.delete_run(run.info.run_id)
 
 
-def replay(tracker: Tracker, rows: Iterable[Row], arms: Mapping[str, str]) -> int:
-    """Write the rows that MLflow lacks; returns how many."""
-    return sum(tracker.write(row, arms[row.key]) for row in rows)
-
-
 def replay_campaign(
     tracker: CampaignTracker, stretches: Iterable[Stretch], ended: Stretch, artifacts: Mapping[str, bytes]
 ) -> int:
@@ -374,51 +390,12 @@ def replay_campaign(
     return tracker.num_points() - before
 
 
-def _search(tracker: Tracker | CampaignTracker, filter_string: str) -> Iterator[Any]:
-    """The runs that match, of a tracker of a sweep among those of its sweep."""
-    if isinstance(tracker, Tracker):
-        filter_string = f"tags.`{SWEEP_TAG}` = '{tracker.sweep.key}' and {filter_string}"
-    token, found = None, list[Any]()
-    while True:  # all before the first is given: what is deleted between pages would shift them
-        page = tracker.client.search_runs([tracker.experiment_id], filter_string, max_results=1000, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return iter(found)
-
-
-def _driver_of(run: Any) -> str | None:
-    """The process that writes a run, empty where it is not known; None for one that is over."""
-    return run.data.tags.get(DRIVER_TAG, "") if run.info.status == "RUNNING" else None
-
-
-def _release(client: MlflowClient, run: str) -> None:
-    """Take its driver's mark off a run; another command may have done so."""
-    from mlflow.exceptions import MlflowException
-
-    with contextlib.suppress(MlflowException):
-        client.delete_tag(run, DRIVER_TAG)
+def _doubts(run: Any) -> tuple[bool, bool]:
+    """What speaks against a run as that of its row: a name that another key gave it, and that it is not whole."""
+    named = (run.info.run_name or "").endswith(run.data.tags.get(KEY_TAG, "")[:8])
+    return not named, run.info.status != "FINISHED"
 
 
 def _digest(keys: Iterable[str]) -> str:
     names = sorted(keys)
     return f"{len(names)} rows {hashlib.sha256(canonical_json(names).encode()).hexdigest()[:32]}"
-
-
-def _add_dataset(client: MlflowClient, run: str, name: str, fingerprint: str, source: str) -> None:
-    """Make a data set an input of a run; its digest is the start of its fingerprint."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    digest = fingerprint[: logged.DIGEST]
-    dataset = Dataset(logged.cut(name, 500), digest, "code", logged.cut(source, 10_000))
-    client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-
-
-def _attach(client: MlflowClient, run: str, files: Mapping[str, bytes]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-            inside = str(Path(name).parent)
-            client.log_artifact(run, str(path), None if inside == "." else inside)

@@ -285,6 +285,51 @@ def test_a_level_sweep_is_not_written_and_one_that_lost_or_won_a_run_is(store: S
         assert contents(uri) == written
 
 
+def by_hand(client: MlflowClient, change: str) -> None:
+    """Change what MLflow holds of the sweep."""
+    found = runs_of(client.tracking_uri)
+    parent, first = found["parent"].info.run_id, found[KEYS[0]].info.run_id
+    if change == "a parent that is deleted":
+        client.delete_run(parent)
+    elif change == "a run of another parent":
+        client.set_tag(first, "mlflow.parentRunId", "another")
+    elif change == "a run without a key":
+        client.delete_tag(first, "unlearn.key")
+    elif change.startswith("a run of key "):
+        client.set_tag(first, "unlearn.key", KEYS[1] if change.endswith("two") else "f" * 32)
+    else:
+        client.set_tag(parent, "unlearn.level", change.removeprefix("level "))
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("change", ["a parent that is deleted", "a run of another parent", "level 5 rows x", "level x"])
+def test_what_somebody_changed_by_hand_bars_no_command_and_is_mended(
+    store: Store, uri: str, change: str, begins: bool
+) -> None:
+    put_live(store, uri)
+    written, client = contents(uri), MlflowClient(tracking_uri=uri)
+    by_hand(client, change)
+    if begins:
+        live = LiveTracking(connect(uri, store, SWEEP), store)
+        live.put(KEYS, BY_KEY)
+        live.close("FINISHED")
+        assert live.missing == "", live.error
+    else:
+        track.run(store.root, uri)
+    assert contents(uri) == written
+    assert connect(uri, store, SWEEP).is_over("FINISHED", KEYS)
+
+
+@pytest.mark.parametrize("change", ["a run of key two", "a run of key none", "a run without a key"])
+def test_a_run_under_a_key_that_is_not_its_own_goes(store: Store, uri: str, change: str) -> None:
+    """Its numbers are another row's."""
+    put_live(store, uri)
+    written, client = contents(uri), MlflowClient(tracking_uri=uri)
+    by_hand(client, change)
+    track.run(store.root, uri)
+    assert contents(uri) == written
+
+
 # ---- what dead and rival drivers leave -------------------------------------------------------------------------------
 
 
@@ -465,6 +510,19 @@ def test_a_run_whose_making_was_answered_too_late_is_not_made_twice(store: Store
         with pytest.raises(RuntimeError, match="timed out"):
             tracker.write(ROWS[0], "del")
         assert tracker.write(ROWS[0], "del")
+    assert runs_of(server.url, sweep).keys() == {"parent", KEYS[0]}
+
+
+def test_a_first_look_that_failed_is_taken_again_and_nothing_written_twice(store: Store, server: MlflowServer) -> None:
+    sweep = replace(SWEEP, key="looked at twice")
+    connect(server.url, store, sweep, live=True).write(ROWS[0], "del")
+    with Proxy(server.url) as proxy:
+        tracker = connect(proxy.url, store, sweep, live=True)
+        trouble(proxy, "500")
+        with pytest.raises(RuntimeError):
+            tracker.write(ROWS[0], "del")
+        trouble(proxy, "none")
+        assert not tracker.write(ROWS[0], "del")
     assert runs_of(server.url, sweep).keys() == {"parent", KEYS[0]}
 
 
