@@ -85,7 +85,7 @@ def memorize(
     from jobs import memorize as job
     from jobs.session import Options
 
-    chosen = [*(assignments or ()), *([f"campaign.models={models}"] if models is not None else [])]
+    chosen = search_options.assignments({"assignments": assignments, "models": models})
     given = (storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run, compile)
     options = Options(recipe, chosen, *given)
     goal = job.Goal(models, target_se, target_split_half, budget_hours)
@@ -196,10 +196,9 @@ def sweep(
     from jobs import sweep as job
     from jobs.session import Options
 
-    chosen = {"kind": search, "samples": samples, "seed": search_seed, "objective": objective, "direction": direction}
-    named = {f"search.{field}": value for field, value in chosen.items()} | {"scheduler": scheduler}
-    tuned = [] if tune is None else ["tuning=none"] if tune == "none" else [f"tuning.criterion={tune}"]
-    texts = [*tuned, *(assignments or ()), *search_options.assignments(named)]
+    asked = {"search": search, "samples": samples, "search_seed": search_seed, "objective": objective}
+    asked |= {"direction": direction, "scheduler": scheduler, "tune": tune}
+    texts = search_options.assignments({"assignments": assignments, **asked})
     given = (storage, tracking_uri, workers, gpus_per_worker, address, plugin or (), dry_run, compile)
     job.run(Options(recipe, texts, *given, time_budget or Deadline(), max_concurrent, retries))
 
@@ -330,21 +329,40 @@ def submit(
     """Run a command (after --) as a Ray job on a cluster, logs streamed: submit -- sweep digits --storage /shared."""
     from jobs import submit as job
 
-    _check_command(context)
+    if given := _given(context):
+        job.check_study(given.get("recipe"), search_options.assignments(given), given.get("plugin") or ())
     job.run(list(context.args), address, submission_id, wait=not no_wait)
 
 
-def _check_command(context: typer.Context) -> None:
-    """Refuse a command after -- that is none of ours, or that would not take its words: before it is sent."""
+def _given(context: typer.Context) -> dict[str, Any]:
+    """What the command after -- is given, by its parameters; empty for none, which the job refuses, and for --help.
+
+    Refuses a command that is none of ours, or that would not take its words: before it is sent.
+    """
     from orchestrator.registry import InputError, suggest
 
     known: Any = context.find_root().command
     name, words = (context.args or [""])[0], context.args[1:]
-    if not name or "--help" in context.args:  # the first is refused by the job
-        return
+    if not name or "--help" in context.args:
+        return {}
+    own = _options(context.command)
+    place = "before --, the command after it: unlearn submit --address URL -- sweep digits"
+    if name.startswith("-"):
+        flag = name.partition("=")[0]
+        said = f"{flag} is an option of submit" if flag in own else f"submit has no option {flag}, {suggest(flag, own)}"
+        raise InputError(f"{said}; its options go {place}")
     if name not in known.commands:
         raise InputError(f"unknown command {name!r} after --; {suggest(name, known.commands)}")
-    known.commands[name].make_context(name, list(words))  # ends with its own usage error
+    for word in (word.partition("=")[0] for word in words):
+        if word in own - _options(known.commands[name]):
+            raise InputError(f"{word} is an option of submit, not of {name}, and goes {place}")
+    found = known.commands[name].make_context(name, list(words))  # ends with its own usage error
+    given: dict[str, Any] = found.params
+    return given | ({"recipe": "digits"} if name == "demo" else {})
+
+
+def _options(command: Any) -> set[str]:
+    return {flag for parameter in command.params for flag in parameter.opts if flag.startswith("-")}
 
 
 def main() -> None:

@@ -48,6 +48,23 @@ MaxConcurrent = Annotated[int | None, typer.Option(min=1, help="Runs at once. De
 Retries = Annotated[int, typer.Option(min=0, help="How often a run whose worker died is tried again.")]
 
 
-def assignments(values: Mapping[str, object]) -> list[str]:
-    """What was given, as --set has it."""
+_FIELDS = {
+    "search": "search.kind",
+    "samples": "search.samples",
+    "search_seed": "search.seed",
+    "objective": "search.objective",
+    "direction": "search.direction",
+    "scheduler": "scheduler",
+}
+
+
+def assignments(given: Mapping[str, Any]) -> list[str]:
+    """What a command was given by its options, as --set has it, with what --set was given, in the order that holds."""
+    tune = given.get("tune")
+    before = {"tuning": tune} if tune == "none" else {"tuning.criterion": tune}
+    after = {"campaign.models": given.get("models")} | {field: given.get(name) for name, field in _FIELDS.items()}
+    return [*_texts(before), *(given.get("assignments") or ()), *_texts(after)]
+
+
+def _texts(values: Mapping[str, object]) -> list[str]:
     return [f"{field}={value}" for field, value in values.items() if value is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ import typer
 from jobs import parcel
 from jobs.parcel import EXCLUDED, PROJECT
 from jobs.progress import console
-from jobs.session import git_commit
+from jobs.session import Options, git_commit, load_plugins, make_study, recipe_modules
 from orchestrator.cluster import prepare_ray
 from orchestrator.registry import InputError
 
@@ -27,6 +28,7 @@ _LEAST_SECRET = 8  # characters from which on an environment variable's value is
 _SECRET_NAME = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|ACCESS_KEY|API_KEY", re.I)
 _IN_URL = re.compile(r"\w://\S*:\S+@|[?&][\w-]*(password|passwd|token|secret|key)=", re.I)
 _STOPPED = 130  # as of any command that was interrupted
+_ID = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)  # part of an address and of a file's name, where Ray checks nothing
 
 
 def run(words: list[str], address: str, submission_id: str | None, *, wait: bool) -> None:
@@ -35,6 +37,10 @@ def run(words: list[str], address: str, submission_id: str | None, *, wait: bool
     With an id that a job has already, that job is followed, if its command is the same.
     """
     _check(words)
+    if submission_id is not None and not _ID.fullmatch(submission_id):
+        raise InputError(
+            f"--submission-id is {submission_id!r}; allowed: letters, digits, - and _, and dots but as the first"
+        )
     prepare_ray(is_client=True)  # before Ray is imported, for whatever
     packed = parcel.pack(words, _project_files())
     entrypoint = shlex.join(["python", "-m", "jobs", *packed.words])
@@ -42,7 +48,8 @@ def run(words: list[str], address: str, submission_id: str | None, *, wait: bool
     job = submission_id if submission_id and _is_there(client, submission_id, entrypoint) else None
     if job is None:
         job = _submit(client, address, packed, entrypoint, submission_id)
-        console.print(f"job {job}; stop it with: ray job stop --address {address} {job}", highlight=False)
+        mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""  # Ray's own default is none
+        console.print(f"job {job}; stop it with: {mode}ray job stop --address {address} {job}", highlight=False)
     else:
         console.print(f"job {job} is there already: following it", highlight=False)
     if wait:
@@ -52,6 +59,31 @@ def run(words: list[str], address: str, submission_id: str | None, *, wait: bool
             console.print(f"job {job} goes on; follow it again with --submission-id {job} and the same command")
             raise
         raise typer.Exit(code)
+
+
+def check_study(recipe: str | None, assignments: Sequence[str], plugins: Sequence[str]) -> None:
+    """Refuse a recipe, an override or a plugin that the job would refuse, as far as it can be known on this machine.
+
+    What needs a module or a file that only the nodes may have is left to the job.
+    """
+    options = Options(recipe or "", assignments, "", plugins=plugins)
+    modules = recipe_modules(options)
+    if not all(name.endswith(".py") or _is_here(name) for name in modules):
+        return
+    try:
+        load_plugins(modules)
+        if recipe:
+            make_study(options)
+    except InputError as error:
+        if not isinstance(error.__cause__, ImportError | OSError):
+            raise
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _check(words: Sequence[str]) -> None:

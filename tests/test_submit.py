@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 import requests
+from typer.testing import CliRunner
 
 from jobs import parcel
+from jobs.cli import app
 from jobs.parcel import pack
 from jobs.submit import run
 from orchestrator.cluster import wants_token
@@ -112,6 +114,10 @@ def test_a_recipe_and_methods_of_ones_own_run_there_under_a_name_that_runs_once(
     named = ["--address", address, "--submission-id", "tiny", "--"]
     done = submit([*named, *words], user, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    stop = re.search(r"stop it with: (RAY_AUTH_MODE=token )ray (job stop .*)", done.stdout)
+    assert stop is not None, done.stdout
+    as_said = {**user, "RAY_AUTH_MODE": "token"}
+    subprocess.run(["ray", *stop[2].split(), "--no-wait"], env=as_said, check=True, capture_output=True, timeout=60)
     rows = [json.loads(path.read_text())["body"] for path in store.glob("rows/*.json")]
     assert sorted(row["spec"]["method"]["name"] for row in rows) == ["nothing", "retrain", "retrain"]
     assert {row["provenance"]["git_commit"] for row in rows} == {"0123abc-dirty"}
@@ -127,7 +133,8 @@ def test_a_recipe_and_methods_of_ones_own_run_there_under_a_name_that_runs_once(
     assert "belongs to another command" in other.stderr
     bad = submit(["--address", address, "--", "memorize", "digit", "--storage", str(store)], user)
     assert bad.returncode == 2, bad.stdout + bad.stderr
-    assert "unknown recipe 'digit'" in bad.stdout
+    assert "unknown recipe 'digit'" in bad.stderr
+    assert "job" not in bad.stdout
 
 
 @pytest.mark.chaos
@@ -202,6 +209,47 @@ def test_what_a_job_would_not_find_or_must_not_hold_is_refused_before_anything_i
     monkeypatch.setenv("SOME_API_TOKEN", "pq8-zzv-secret")
     with pytest.raises(InputError, match=re.escape(remedy)):
         run(["sweep", "digits", *words], "http://127.0.0.1:1", None, wait=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("-- sweep digit", "unknown recipe 'digit'; did you mean 'digits'?"),
+        ("-- sweep mine.py:one", "mine.py has no function 'one'"),
+        ("-- sweep mine.py:tiny --set methods=nothin", "'nothin'"),
+        ("-- sweep digits --set training.epoch=3", "unknown field 'training.epoch'; did you mean 'epochs'?"),
+        ("-- sweep digits --tune accurac", "'accurac'"),
+        ("-- memorize digits --models 15", "campaign.models"),
+        ("-- memorize digits --plugin wrong.py", "SyntaxError"),
+        ("-- demo --set seed=1", "unknown field 'seed'"),
+        ("--adress http://x:1 -- sweep digits", "submit has no option --adress, did you mean '--address'?"),
+        ("-- --no-wait sweep digits", "--no-wait is an option of submit; its options go before --"),
+        ("-- sweep digits --submission-id=a", "--submission-id is an option of submit, not of sweep, and goes before"),
+        ("--submission-id a/b -- sweep digits", "--submission-id is 'a/b'; allowed: letters, digits"),
+        ("--submission-id .. -- sweep digits", "--submission-id is '..'; allowed"),
+        ("-- status --address http://x:1", "--address is an option of submit, not of status"),
+        # what this machine cannot know: the cluster's word is the first
+        ("-- sweep digits --plugin on.the.nodes", "cannot be submitted to"),
+        ("-- sweep lacks.py:one", "cannot be submitted to"),
+        ("--submission-id my_2nd-run.b -- sweep digits --search random --set search.seed=3", "cannot be submitted to"),
+        ("-- sweep digits --tune forget_as_unseen --set tuning.seeds=7", "cannot be submitted to"),
+        ("-- sweep digits --set forget_sets=file --set forget_sets.file.path=/x.csv", "cannot be submitted to"),
+    ],
+)
+def test_what_can_be_known_to_fail_is_refused_here_and_nothing_else(
+    words: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no cluster at all: what is not refused here asks for it."""
+    (tmp_path / "mine.py").write_text(MINE.replace("nothing", "mine_of_submit"))
+    (tmp_path / "wrong.py").write_text("def (")
+    (tmp_path / "lacks.py").write_text("import a_module_that_only_the_nodes_have\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("UNLEARN_STORAGE", "/shared")
+    found = CliRunner().invoke(app, ["submit", *(f"--address http://127.0.0.1:{free_ports(1)[0]} {words}").split()])
+    assert isinstance(found.exception, InputError), found.output
+    assert remedy in str(found.exception)
+    assert "\n" not in str(found.exception)
 
 
 def test_an_archive_beyond_rays_limit_is_refused_and_the_largest_files_named(
