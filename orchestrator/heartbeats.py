@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import socket
@@ -22,7 +23,9 @@ from orchestrator.store import StorageError, Store
 from orchestrator.tasks import Task, attempt_of
 
 FOLDER = "commands"
-BEAT_SECONDS = 5.0  # one small put for a whole command, whatever the number of its trials
+BEAT_SECONDS = 5.0  # at least: one small put for a whole command, whatever the number of its trials
+CHANGE_SECONDS = 0.1  # at most so often, where what workers are at has changed
+_SHARE = 0.02  # of the time may go into beats that are not due: where a put is slow they are few
 STILL_SECONDS = 30.0  # seen without a beat until a command of another machine counts as dead
 
 
@@ -153,16 +156,18 @@ class Heart:
         self._command = Command(name, words, (), socket.gethostname(), this_process(), now)
         self._at_work: dict[tuple[str, str, str], tuple[str, Task]] = {}
         self._others: dict[str, tuple[int, float]] = {}  # not known to live or to be dead: beat, and when it was new
-        self._wake, self._writing = threading.Event(), threading.RLock()
+        self._changed, self._urgent, self._writing = threading.Event(), threading.Event(), threading.RLock()
         self._ended, self._is_interrupted = True, False
 
     def begin(self, task: Task) -> None:
         """A worker is at a task now."""
         self._at_work[_identity(task)] = str(time.time_ns()), task
+        self._changed.set()
 
     def end(self, kind: str, key: str, label: str) -> None:
         """No worker is at it any more."""
         self._at_work.pop((kind, key, label), None)
+        self._changed.set()
 
     def leave(self, why: str) -> None:
         """Keep what workers were at as interrupted attempts: the work ends here, and its command says so itself."""
@@ -174,7 +179,11 @@ class Heart:
     def stop(self) -> None:
         """Have the store say at once that the command was interrupted: a signal came, and little time may be left."""
         self._is_interrupted = True
-        self._wake.set()
+        self._hurry()
+
+    def _hurry(self) -> None:
+        self._urgent.set()
+        self._changed.set()
 
     @contextlib.contextmanager
     def beating(self, about: Sequence[str], met: Callable[[Command], None]) -> Iterator[None]:
@@ -201,7 +210,7 @@ class Heart:
             is_whole = True
         finally:
             self._ended = True
-            self._wake.set()
+            self._hurry()
             thread.join(BEAT_SECONDS)
             if not thread.is_alive():  # else the storage hangs: the beat stands still, which says it too
                 with contextlib.suppress(OSError, StorageError):
@@ -247,13 +256,21 @@ class Heart:
             _put(self._store, self._command)
 
     def _run(self, met: Callable[[Command], None]) -> None:
+        took, looked = 0.0, -math.inf
         while not self._ended:
-            self._wake.wait(min(BEAT_SECONDS, self._command.beat))  # more often at first, when work has just begun
-            self._wake.clear()
+            pause = min(BEAT_SECONDS, max(CHANGE_SECONDS, took / _SHARE))
+            self._urgent.wait(pause)
+            self._changed.wait(BEAT_SECONDS - pause)
+            self._urgent.clear()
+            self._changed.clear()
             if not self._ended:
+                began = time.monotonic()
                 self._write()
-                with contextlib.suppress(OSError, StorageError):
-                    self._look(met)
+                took = time.monotonic() - began
+                if began - looked >= BEAT_SECONDS:
+                    looked = began
+                    with contextlib.suppress(OSError, StorageError):
+                        self._look(met)
 
     def _write(self) -> None:
         with contextlib.suppress(OSError, StorageError), self._writing:
@@ -289,6 +306,9 @@ class Heart:
                     bury(self._store, other)
 
     def _look(self, met: Callable[[Command], None]) -> None:
+        for each in get_commands(self._store):  # before this command has done again what a killed one was at
+            if each.status == "running" and is_alive(each) is False:
+                bury(self._store, each)
         for name, (beat, since) in list(self._others.items()):
             other = _get(self._store, f"{name}.json")
             if other is None or other.status != "running":

@@ -18,7 +18,7 @@ from orchestrator.recipes import RECIPES
 from orchestrator.specs import OriginalSpec, key
 from orchestrator.store import Store
 from orchestrator.study import Study
-from orchestrator.tasks import Task
+from orchestrator.tasks import Task, attempt_of
 
 STUDY: Study = RECIPES["digits"].function()
 TASKS = [Task("original", OriginalSpec(setting=STUDY.setting("0" * 32), seed=seed)) for seed in range(3)]
@@ -98,6 +98,40 @@ def test_a_killed_driver_leaves_what_it_was_at_and_the_next_command_says_it_was_
     with Heart(store, "sweep digits").beating(["sweep", "campaign"], met.append):
         pass
     assert get_commands(store) == [], "brought to its end by a command on the same sweep"
+
+
+def test_a_command_that_lives_buries_one_that_is_killed_beside_it(store: Store) -> None:
+    """Later nobody could tell: what the dead one was at would have been made by who lives."""
+    with Heart(store, "sweep digits").beating(["sweep"], lambda other: None):
+        put(store, dead := died_at(TASKS[0]))
+        deadline = time.monotonic() + 5
+        while not results.get_attempts(store):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    (attempt,) = (tries[0] for tries in results.get_attempts(store).values())
+    assert (attempt.key, attempt.status) == (key(TASKS[0].spec), "interrupted")
+    assert dead.words in attempt.error
+
+
+def died_at(task: Task) -> Command:
+    gone = f"{this_process()}0"  # which began later
+    return command("1-a", process=gone, at_work={"17": attempt_of(task, "running", "")})
+
+
+def test_what_workers_are_at_is_in_the_store_long_before_the_next_beat(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SIGKILL leaves nothing but that."""
+    monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 60.0)
+    heart = Heart(store, "sweep digits")
+    with heart.beating(["sweep"], lambda other: None):
+        for task in [*TASKS, *TASKS]:
+            heart.begin(task)
+            deadline = time.monotonic() + 2
+            while [each.key for each in get_commands(store)[0].at_work.values()] != [key(task.spec)]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            heart.end(task.kind, key(task.spec), task.label)
 
 
 def test_an_interrupt_is_in_the_store_with_what_workers_were_at(store: Store) -> None:
