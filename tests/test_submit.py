@@ -230,6 +230,7 @@ def test_what_a_job_would_not_find_or_must_not_hold_is_refused_before_anything_i
         ("-- status --address http://x:1", "--address is an option of submit, not of status"),
         # what this machine cannot know: the cluster's word is the first
         ("-- sweep digits --plugin on.the.nodes", "cannot be submitted to"),
+        ("-- sweep digits_tuned --tune none", "cannot be submitted to"),
         ("-- sweep lacks.py:one", "cannot be submitted to"),
         ("--submission-id my_2nd-run.b -- sweep digits --search random --set search.seed=3", "cannot be submitted to"),
         ("-- sweep digits --tune forget_as_unseen --set tuning.seeds=7", "cannot be submitted to"),
