@@ -20,6 +20,7 @@ from jobs import parcel
 from jobs.parcel import EXCLUDED, PROJECT
 from jobs.progress import console
 from jobs.session import Options, git_commit, load_plugins, make_study, recipe_modules
+from orchestrator import selections
 from orchestrator.cluster import prepare_ray
 from orchestrator.registry import InputError
 
@@ -72,8 +73,8 @@ def check_study(recipe: str | None, assignments: Sequence[str], plugins: Sequenc
         return
     try:
         load_plugins(modules)
-        if recipe:
-            make_study(options)
+        if recipe and (study := make_study(options)).tuning is not None:
+            selections.check(study)
     except InputError as error:
         if not isinstance(error.__cause__, ImportError | OSError):
             raise

@@ -219,6 +219,7 @@ def test_what_a_job_would_not_find_or_must_not_hold_is_refused_before_anything_i
         ("-- sweep mine.py:tiny --set methods=nothin", "'nothin'"),
         ("-- sweep digits --set training.epoch=3", "unknown field 'training.epoch'; did you mean 'epochs'?"),
         ("-- sweep digits --tune accurac", "'accurac'"),
+        ("-- sweep digits --set methods=finetune --tune forget_as_unseen", "the method identity reports"),
         ("-- memorize digits --models 15", "campaign.models"),
         ("-- memorize digits --plugin wrong.py", "SyntaxError"),
         ("-- demo --set seed=1", "unknown field 'seed'"),
