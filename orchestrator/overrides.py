@@ -206,8 +206,9 @@ def _tuning(study: Study, rest: list[str], text: str, path: str, later: Mapping[
         fields = sorted({*Tuning.model_fields} - {"forget_sets"})
         if len(rest) != 1 or rest[0] not in fields:
             raise InputError(f"unknown field {path!r}; {suggest('.'.join(rest), [*fields, 'forget_sets.NAME'])}")
-        if rest[0] == "references" and not tuning.uses_references:
-            raise InputError(f"{path} is set and the criterion {tuning.criterion} asks for no references; leave it out")
+        last = checked(lambda: Tuning(criterion=later.get("tuning.criterion", tuning.criterion)))
+        if rest[0] == "references" and not last.uses_references:
+            raise InputError(f"{path} is set and the criterion {last.criterion} asks for no references; leave it out")
         changed: Tuning = _rebuild(tuning, rest[0], text.split(",") if rest[0] == "seeds" else text)
         return changed
     names = [rule.name for rule in study.forget_sets]

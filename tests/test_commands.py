@@ -370,7 +370,7 @@ def test_what_a_job_would_not_take_is_refused_before_it_is_sent() -> None:
         refused = CliRunner().invoke(app, [*away, *words])
         assert (refused.exit_code, said in refused.output) == (2, True), refused.output
     with pytest.raises(InputError, match="cannot be submitted to"):  # nobody is there: this one would have been sent
-        as_typed(*away, "sweep", "digits", "--storage", "/shared", "--samples", "3")
+        as_typed(*away, "sweep", "digits", "--storage", "/shared", "--search", "random", "--samples", "3")
 
 
 def test_a_ray_that_does_not_start_is_one_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

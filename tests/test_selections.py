@@ -299,6 +299,7 @@ def test_criteria_are_what_they_say() -> None:
         (["tuning=none", "tuning.draw=3"], "set tuning.criterion first"),
         (["tuning=forget_as_unseen"], "allowed: none; to tune, set tuning.criterion=forget_as_unseen"),
         (["tuning.criterion=forget_as_unseen", "tuning.references=7"], "asks for no references"),
+        (["tuning.references=7", "tuning.criterion=forget_as_unseen"], "asks for no references"),
         (["methods=finetune", "tuning.criterion=forget_as_unseen"], "the method identity reports"),
         (["methods.del.budget=uniform(0.1, 0.3)"], "each draw is a cell of its own"),
         (["methods=finetune", "forget_sets=random", "search.kind=optuna"], "Optuna chooses settings by the runs that"),
