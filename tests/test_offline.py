@@ -67,7 +67,7 @@ def test_what_is_no_order_is_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_is_kept_as_such_and_the_others_go_on(tmp_path: Path) -> None:
-    plugin = tmp_path / "mine.py"
+    plugin = tmp_path / "fails_offline.py"
     plugin.write_text(
         "from orchestrator.unlearning import METHODS\n"
         "@METHODS\n"

@@ -215,8 +215,8 @@ def test_what_a_job_would_not_find_or_must_not_hold_is_refused_before_anything_i
     ("words", "remedy"),
     [
         ("-- sweep digit", "unknown recipe 'digit'; did you mean 'digits'?"),
-        ("-- sweep mine.py:one", "mine.py has no function 'one'"),
-        ("-- sweep mine.py:tiny --set methods=nothin", "'nothin'"),
+        ("-- sweep to_submit.py:one", "to_submit.py has no function 'one'"),
+        ("-- sweep to_submit.py:tiny --set methods=nothin", "'nothin'"),
         ("-- sweep digits --set training.epoch=3", "unknown field 'training.epoch'; did you mean 'epochs'?"),
         ("-- sweep digits --tune accurac", "'accurac'"),
         ("-- sweep digits --set methods=finetune --tune forget_as_unseen", "the method identity reports"),
@@ -242,7 +242,7 @@ def test_what_can_be_known_to_fail_is_refused_here_and_nothing_else(
     words: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With no cluster at all: what is not refused here asks for it."""
-    (tmp_path / "mine.py").write_text(MINE.replace("nothing", "mine_of_submit"))
+    (tmp_path / "to_submit.py").write_text(MINE.replace("nothing", "mine_of_submit"))
     (tmp_path / "wrong.py").write_text("def (")
     (tmp_path / "lacks.py").write_text("import a_module_that_only_the_nodes_have\n")
     monkeypatch.chdir(tmp_path)
