@@ -97,7 +97,7 @@ def _make_database(path: Path) -> None:
     fresh = path.with_name(f"{path.name}.{secrets.token_hex(6)}")
     try:
         MlflowClient(tracking_uri=f"sqlite:///{fresh}").search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(OSError):  # there is one by now, or the file system has no links: MLflow makes it then
             os.link(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)

@@ -653,6 +653,17 @@ def test_other_first_contacts_end_in_a_sentence_too(store: Store, tmp_path: Path
     assert time.monotonic() - start < 20
 
 
+def test_a_folder_without_links_gets_its_database_too(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    connect(f"sqlite:///{tmp_path}/mlflow.db", store, SWEEP)
+    assert [path.name for path in tmp_path.glob("mlflow.db*")] == ["mlflow.db"]
+
+
 def test_where_to_track(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tracking_uri(store, "none") is None
     assert tracking_uri(Store("s3://bucket/prefix"), None) is None
